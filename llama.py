@@ -1,0 +1,284 @@
+"""The language model: a Llama (Touvron et al. 2023, https://arxiv.org/abs/2302.13971) or a Mistral (Jiang et al. 2023,
+https://arxiv.org/abs/2310.06825), which is a Llama with fewer key/value heads and an attention window; and its KV cache.
+
+A decoder block is x + attention(norm(x)), then x + mlp(norm(x)); causal attention with rotary positions (RoPE) lets each
+token look at itself and at those before it.
+
+Shapes: B batch, T new tokens, S slots that can be attended to, D width, H query heads, K key/value heads, E head width.
+"""
+
+from dataclasses import dataclass, fields
+from functools import partial
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class LlamaConfig:
+    """The decoder's shape. Names and defaults are Hugging Face's Llama's: a published config leaves out what equals its default."""
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None  # None: as many as query heads
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    sliding_window: int | None = None  # a token sees this many tokens, itself included; None: all before it
+    tie_word_embeddings: bool = False  # the output head shares the embedding's matrix
+
+    def __post_init__(self):
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"{self.num_attention_heads} query heads cannot share {self.num_key_value_heads} key/value heads evenly")
+
+    @classmethod
+    def from_dict(cls, raw):
+        """From the `text_config` of a config.json: model_type "llama" or "mistral", each with its own defaults.
+
+        Raises ValueError, naming the field, for what neither of them has (scaled RoPE, biases, another activation).
+        """
+        family = raw.get("model_type", "llama")
+        if family not in ("llama", "mistral"):
+            raise ValueError(f"text_config has model_type {family!r}; supported are 'llama' and 'mistral'")
+        mistral = dict(intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096)
+        values = dict(mistral) if family == "mistral" else {}
+        values |= {f.name: raw[f.name] for f in fields(cls) if f.name in raw}
+        if family == "llama":
+            values["sliding_window"] = None
+
+        # Newer files keep RoPE's settings in one dictionary, older ones beside the other fields.
+        rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type != "default":
+            raise ValueError(f"text_config has rope_type {rope_type!r}; only the default, unscaled RoPE is supported")
+        values["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", cls.rope_theta))
+        for name, only in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
+            if raw.get(name, only) != only:
+                raise ValueError(f"text_config has {name} {raw[name]!r}; only {only!r} is supported")
+        return cls(**values)
+
+
+class KVCache:
+    """The keys and values of the tokens seen so far, so that each new token computes only its own.
+
+    Everything is allocated once, for `max_length` slots, and written in place. All rows of the batch take the same
+    slots; a row with fewer tokens has padding in some of them, and the cache remembers which. Its length is a tensor on
+    the device, so a decode step can run there without being asked for it.
+    """
+
+    def __init__(self, config, batch_size, max_length, device="cpu", dtype=torch.float32):
+        """Memory: 2 · layers · batch_size · K · max_length · E elements of dtype."""
+        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length, config.head_dim)
+        # Zeros, not empty memory: a masked slot has weight 0, but 0 × NaN would still be NaN.
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)  # (layers, B, K, S, E), after RoPE
+        self.values = torch.zeros(shape, device=device, dtype=dtype)  # (layers, B, K, S, E)
+        self.real = torch.zeros(batch_size, max_length, device=device, dtype=torch.bool)  # False: padding, or not yet taken
+        self.length = torch.zeros((), device=device, dtype=torch.long)  # slots taken
+
+    @property
+    def max_length(self):
+        return self.real.shape[1]
+
+    def take(self, attention_mask):
+        """Take the next T slots for tokens that are real where attention_mask (B, T) says so.
+
+        Returns their slots (T,) and positions (B, T). A position counts the real tokens before it: padding has none.
+        """
+        slots = self.length + torch.arange(attention_mask.shape[1], device=self.length.device)
+        positions = self.real.sum(1, keepdim=True) + attention_mask.cumsum(1) - 1
+        self.real.index_copy_(1, slots, attention_mask)
+        self.length += attention_mask.shape[1]
+        return slots, positions.clamp(min=0)
+
+    def write(self, layer, slots, keys, values):
+        """Put keys and values (B, K, T, E) of one layer into their slots; returns that layer's whole (B, K, S, E)."""
+        self.keys[layer].index_copy_(2, slots, keys)
+        self.values[layer].index_copy_(2, slots, values)
+        return self.keys[layer], self.values[layer]
+
+    def truncate(self, length):
+        """Forget all but the first `length` slots."""
+        self.length.fill_(length)
+        self.real[:, length:] = False
+
+    def grow(self, max_length):
+        """Make room for max_length slots in all; what is stored stays."""
+        extra = max_length - self.max_length
+        self.keys, self.values = F.pad(self.keys, (0, 0, 0, extra)), F.pad(self.values, (0, 0, 0, extra))
+        self.real = F.pad(self.real, (0, extra))
+
+
+def visible(real, slots, window):
+    """Which slots each query may attend to: (B, 1, T, S), True where it may.
+
+    real: (B, S), True for slots that hold a token; slots: (T,), those of the queries; window: a length, or None.
+    A slot is visible if it holds a real token, does not come after the query, and is fewer than `window` slots back.
+    A query always sees itself, so that the softmax over a row of padding has something to sum.
+    """
+    key, query = torch.arange(real.shape[1], device=real.device), slots[:, None]
+    mask = key <= query  # (T, S)
+    if window is not None:
+        mask &= key > query - window
+    return (mask & real[:, None, :] | (key == query))[:, None]
+
+
+def rope_table(positions, head_dim, theta):
+    """cos and sin of the angles positions · theta^(−2i/E), i = 0 … E/2 − 1, in float32 whatever the model's type.
+
+    positions: (B, T). Returns two (B, 1, T, E/2). RoFormer, https://arxiv.org/abs/2104.09864, equation 15.
+    """
+    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    angles = positions[:, None, :, None].float() * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """RoPE in the half-split form: dimension i is paired with i + E/2 and the pair is rotated by its angle.
+
+    (The paper pairs neighbours, 2i with 2i + 1. Hugging Face's weights are permuted to suit this form.)
+    """
+    a, b = x.chunk(2, dim=-1)  # (B, H, T, E/2) each
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class RMSNorm(nn.Module):
+    """x / √(mean(x²) + eps) · weight; the mean is taken in float32. https://arxiv.org/abs/1910.07467, equation 4."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention; H / K query heads share one key/value head (grouped-query attention)."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, H, K, E = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.head_dim = E
+        self.q_proj = nn.Linear(D, H * E, bias=False)
+        self.k_proj = nn.Linear(D, K * E, bias=False)
+        self.v_proj = nn.Linear(D, K * E, bias=False)
+        self.o_proj = nn.Linear(H * E, D, bias=False)
+
+    def forward(self, x, rope, mask, write, maps):
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H or K, T, E)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if write is not None:
+            everything = write(k, v)  # (B, K, S, E) each: the cache, the new tokens included
+            k, v = (k, v) if mask is None else everything
+        if maps is None:
+            # softmax(q kᵀ / √E + mask) v
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        else:
+            out, weights = naive_attention(q, k, v, mask)
+            maps.append(weights)
+        return self.o_proj(out.transpose(1, 2).flatten(-2))  # (B, T, D)
+
+
+def naive_attention(q, k, v, mask):
+    """The same attention written out, for those who want its weights: returns (B, H, T, E) and (B, H, T, S)."""
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))  # (B, H, S, E)
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, H, T, S)
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32).to(q.dtype)
+    return weights @ v, weights
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) · up(x)). https://arxiv.org/abs/2002.05202, equation 6."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rope, mask, write=None, maps=None):
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, write, maps)
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return x
+
+
+class Llama(nn.Module):
+    """embed(ids) -> (B, T, D); calling the model turns (B, T, D) into (B, T, D); lm_head makes logits of that."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def embed(self, ids):
+        return self.embed_tokens(ids)
+
+    def forward(self, x, attention_mask=None, positions=None, cache=None, states=None, maps=None):
+        """Run the blocks over embeddings x (B, T, D); returns the normalised last hidden state (B, T, D).
+
+        attention_mask: (B, T) bool, False for padding; None: no padding.
+        positions: (B, T) for RoPE; None: counted over the real tokens, those in the cache included.
+        cache: a KVCache, which the T tokens are added to and see.
+        states, maps: lists to be filled: the hidden states (before the first block, then after each block, the last one
+            normalised), and the attention maps (B, H, T, S) of the blocks.
+        """
+        config, (B, T, _) = self.config, x.shape
+        # With nothing cached, nothing padded and no window in the way, plain causal attention among the new tokens is
+        # all there is, and that is what the fused kernels are best at. A single token never asks: looking at the
+        # device's numbers would make the host wait at every step.
+        window = config.sliding_window
+        plain = (
+            maps is None
+            and (window is None or T <= window)
+            and (cache is None or T > 1 and not cache.length)
+            and (attention_mask is None or T > 1 and bool(attention_mask.all()))
+        )
+        real = x.new_ones(B, T, dtype=torch.bool) if attention_mask is None else attention_mask
+        if cache is not None:
+            slots, counted = cache.take(real)
+            real = cache.real
+        else:
+            slots, counted = torch.arange(T, device=x.device), (real.cumsum(1) - 1).clamp(min=0)
+        mask = None if plain else visible(real, slots, window)  # made once, used by every block
+        cos, sin = rope_table(counted if positions is None else positions, config.head_dim, config.rope_theta)
+        rope = cos.to(x.dtype), sin.to(x.dtype)
+
+        for i, block in enumerate(self.layers):
+            if states is not None:
+                states.append(x)
+            write = None if cache is None else partial(cache.write, i, slots)
+            x = block(x, rope, mask, write, maps)
+        x = self.norm(x)
+        if states is not None:
+            states.append(x)
+        return x

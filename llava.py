@@ -1,0 +1,553 @@
+"""LLaVA: a language model that sees (Liu et al. 2023, https://arxiv.org/abs/2304.08485 and https://arxiv.org/abs/2310.03744).
+
+A CLIP vision transformer turns a picture into patch features; a small MLP, the projector, maps each into the space of
+the language model's word embeddings; there they take the place of the `<image>` token. From then on a picture is 576
+more words to the language model. ViP-LLaVA (Cai et al. 2024, https://arxiv.org/abs/2312.00784) reads five of CLIP's
+layers instead of one, concatenated and normalised; BakLLaVA has a Mistral as its language model. That is all the difference.
+
+Shapes: B batch, T tokens, N pictures, P features of a picture, D width of the language model, V width of the vision
+tower, L layers of it that are read.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+from clip import CLIPVision, CLIPVisionConfig, ImageProcessor
+from llama import KVCache, Llama, LlamaConfig
+from tokenizer import STYLES, Tokenizer, chat_prompt
+
+VIT_L_14_336 = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14)
+VIP_LAYERS = [-2, -5, -8, -11, 6]
+
+
+@dataclass
+class LlavaConfig:
+    """A checkpoint's config.json, its defaults filled in."""
+
+    vision: CLIPVisionConfig
+    text: LlamaConfig
+    style: str  # the chat format: "llava", "bakllava" or "vip"
+    vision_layers: list[int]  # which of the tower's hidden states the projector reads, concatenated in this order
+    keep_cls: bool  # strategy "full": the class token is a feature too; "default": patches only
+    projector_layernorm_eps: float | None  # None: no LayerNorm (LLaVA); ViP-LLaVA has one
+    projector_bias: bool
+    image_id: int
+    pad_id: int
+    eos_ids: tuple[int, ...]
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        """Read config.json. Raises FileNotFoundError or ValueError for what is missing, not a LLaVA or not supported."""
+        raw = _read_json(Path(folder) / "config.json")
+        family = raw.get("model_type")
+        if family not in ("llava", "vipllava"):
+            raise ValueError(f"{folder}: config.json has model_type {family!r}; expected 'llava' or 'vipllava'")
+        vip = family == "vipllava"
+        vision, text = raw.get("vision_config"), raw.get("text_config") or {}
+        for name, only in (("projector_hidden_act", "gelu"), ("image_grid_pinpoints", None)):
+            if raw.get(name, only) != only:
+                raise ValueError(f"{folder}: config.json has {name} {raw[name]!r}; only {only!r} is supported")
+        strategy = "default" if vip else raw.get("vision_feature_select_strategy", "default")
+        if strategy not in ("default", "full"):
+            raise ValueError(f"{folder}: vision_feature_select_strategy is {strategy!r}; expected 'default' or 'full'")
+        layers = raw.get("vision_feature_layers", raw.get("vision_feature_layer", VIP_LAYERS if vip else -2))
+        generation = Path(folder) / "generation_config.json"
+        ids = {**text, **raw, **(_read_json(generation) if generation.is_file() else {})}
+        eos = ids.get("eos_token_id", 2)
+        eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+        tied = raw.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)
+        pad = ids.get("pad_token_id")
+        return cls(
+            vision=CLIPVisionConfig.from_dict(VIT_L_14_336 if vision is None else vision),
+            text=LlamaConfig.from_dict({**text, "tie_word_embeddings": tied}),
+            style="vip" if vip else "bakllava" if text.get("model_type") == "mistral" else "llava",
+            vision_layers=[layers] if isinstance(layers, int) else list(layers),
+            keep_cls=strategy == "full",
+            projector_layernorm_eps=raw.get("projector_layernorm_eps", 1e-5) if vip else None,
+            projector_bias=raw.get("multimodal_projector_bias", True),
+            image_id=raw.get("image_token_index", raw.get("image_token_id", 32000)),
+            pad_id=pad if pad is not None else eos_ids[0] if eos_ids else 0,
+            eos_ids=eos_ids,
+        )
+
+    @property
+    def features_per_image(self):
+        """How many tokens of the language model a picture takes: 24 × 24 = 576 for LLaVA-1.5."""
+        return self.vision.num_patches + self.keep_cls
+
+
+class Projector(nn.Module):
+    """From the vision tower's space to the language model's: (N, P, L·V) -> (N, P, D). An MLP of two layers (LLaVA-1.5,
+    section 3.2); ViP-LLaVA normalises its input, because the layers it concatenates differ in scale (section 3.1)."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, eps = config.vision.hidden_size * len(config.vision_layers), config.projector_layernorm_eps
+        self.projector_layernorm = nn.Identity() if eps is None else nn.LayerNorm(width, eps=eps)
+        self.linear_1 = nn.Linear(width, config.text.hidden_size, bias=config.projector_bias)
+        self.linear_2 = nn.Linear(config.text.hidden_size, config.text.hidden_size, bias=config.projector_bias)
+
+    def forward(self, x):
+        return self.linear_2(F.gelu(self.linear_1(self.projector_layernorm(x))))  # the exact GELU, by the error function
+
+
+@dataclass
+class LlavaOutput:
+    """What a forward pass gives. T counts the tokens after `<image>` has been expanded."""
+
+    logits: torch.Tensor  # (B, T, vocabulary)
+    loss: torch.Tensor | None  # mean cross-entropy of the next token where labels are not −100; None without labels
+    image_features: torch.Tensor | None  # (N, P, D), as spliced
+    hidden_states: list[torch.Tensor] | None  # (B, T, D): the spliced embeddings, then after each block, the last normalised
+    attentions: list[torch.Tensor] | None  # (B, H, T, S) for each block
+
+
+def splice(embeds, is_image, features):
+    """Put picture features in the place of the `<image>` tokens' embeddings, in order, row by row of the batch.
+
+    embeds: (B, T, D); is_image: (B, T) bool; features: (N, P, D) with N · P True positions. Returns (B, T, D).
+    """
+    return embeds.masked_scatter(is_image[..., None], features.to(embeds))
+
+
+class Llava(nn.Module):
+    """The whole model. Make one with `Llava.from_pretrained`; the forward pass is `_embed`, then the language model."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.vision_tower = CLIPVision(config.vision)
+        self.projector = Projector(config)
+        self.language_model = Llama(config.text)
+
+    @classmethod
+    def from_pretrained(cls, folder_or_hub_name, device="cpu", dtype=None):
+        """Load a Hugging Face checkpoint: a folder, or a name on the hub (needs `huggingface_hub`).
+
+        dtype None keeps the stored type. Raises FileNotFoundError or ValueError, before any weight is read, for whatever
+        is missing, unexpected, of a wrong shape or damaged.
+        """
+        return load(checkpoint_folder(folder_or_hub_name), device, dtype)
+
+    @property
+    def device(self):
+        return self.language_model.norm.weight.device
+
+    @property
+    def dtype(self):
+        return self.language_model.norm.weight.dtype
+
+    def encode_images(self, pixel_values):
+        """Pictures (N, 3, S, S) -> features (N, P, D) in the space of the word embeddings.
+
+        Layer −2, not the last: the last serves CLIP's one vector for the whole picture, the one below it keeps more of
+        each patch (LLaVA, section 4.1 and its ablation).
+        """
+        states = self.vision_tower(pixel_values, self.config.vision_layers)  # L × (N, 1 + patches, V)
+        states = [state if self.config.keep_cls else state[:, 1:] for state in states]
+        return self.projector(torch.cat(states, dim=-1))  # (N, P, D)
+
+    def forward(
+        self,
+        input_ids=None,
+        pixel_values=None,
+        attention_mask=None,
+        positions=None,
+        inputs_embeds=None,
+        labels=None,
+        cache=None,
+        output_hidden_states=False,
+        output_attentions=False,
+    ):
+        """Pixels and ids to logits.
+
+        input_ids: (B, T), with one `<image>` id per picture (expanded here, mask and labels along with it) or with
+            as many as there are features; or inputs_embeds: (B, T, D), spliced already.
+        pixel_values: (N, 3, S, S), the pictures in the order of their `<image>` tokens, row by row.
+        attention_mask: (B, T), 1 for the new tokens that are real, 0 for padding, which stands on the left.
+        positions: (B, T); by default they count the real tokens, those in the cache included.
+        labels: (B, T) ids, −100 where there is nothing to learn.
+        cache: a KVCache with room for T more tokens; they are added to it and see what it holds.
+        Raises ValueError where counts or shapes do not fit.
+        """
+        states, maps = [] if output_hidden_states else None, [] if output_attentions else None
+        x, features, mask, labels = self._embed(input_ids, pixel_values, attention_mask, inputs_embeds, labels)
+        self._check_room(x.shape[1], cache)
+        x = self.language_model(x, mask, positions, cache, states, maps)
+        logits = self.language_model.lm_head(x)
+        loss = None
+        if labels is not None:  # position t predicts token t + 1
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().to(logits.device))
+        return LlavaOutput(logits, loss, features, states, maps)
+
+    def _embed(self, input_ids, pixel_values, attention_mask, inputs_embeds=None, labels=None):
+        """Ids and pixels -> spliced embeddings (B, T, D), image features, and the mask and labels to match."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give input_ids or inputs_embeds, one of the two")
+        given = input_ids if inputs_embeds is None else inputs_embeds[..., 0]
+        if given.ndim != 2:
+            raise ValueError(f"input_ids must be (B, T) and inputs_embeds (B, T, D); got {tuple(given.shape)} for (B, T)")
+        for name, value in (("attention_mask", attention_mask), ("labels", labels)):
+            if value is not None and value.shape != given.shape:
+                raise ValueError(f"{name} is {tuple(value.shape)}; it must be {tuple(given.shape)}, one for each new token")
+        mask = None if attention_mask is None else attention_mask.to(self.device, torch.bool)
+        if inputs_embeds is not None:
+            if pixel_values is not None:
+                raise ValueError("inputs_embeds hold their pictures already; give pixel_values with input_ids only")
+            return inputs_embeds.to(self.device, self.dtype), None, mask, labels
+
+        ids, image_id, P = input_ids.to(self.device), self.config.image_id, self.config.features_per_image
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.text.vocab_size:
+            raise ValueError(f"input_ids run from {ids.min()} to {ids.max()}; the vocabulary has {self.config.text.vocab_size} rows")
+        tokens, images = int((ids == image_id).sum()), 0 if pixel_values is None else len(pixel_values)
+        if tokens == images != images * P:
+            ids, mask, labels = self._expand(ids, mask, labels)
+        elif tokens != images * P:
+            raise ValueError(
+                f"the prompt has {tokens} <image> tokens for {images} pictures; "
+                f"expected one each ({images}), or one for each of the {images * P} features"
+            )
+        embeds, features = self.language_model.embed(ids), None
+        if pixel_values is not None:
+            features = self.encode_images(pixel_values.to(self.device))
+            embeds = splice(embeds, ids == image_id, features)
+        return embeds, features, mask, labels
+
+    def _expand(self, ids, mask, labels):
+        """Repeat each `<image>` id P times, mask and labels with it; rows that end up shorter are padded on the left."""
+        repeats = torch.where(ids == self.config.image_id, self.config.features_per_image, 1)  # (B, T)
+        T = int(repeats.sum(1).max())
+        mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+
+        def stretch(rows, fill):
+            rows = [row.repeat_interleave(count) for row, count in zip(rows.to(ids.device), repeats)]
+            return torch.stack([F.pad(row, (T - len(row), 0), value=fill) for row in rows])
+
+        return stretch(ids, self.config.pad_id), stretch(mask, False), None if labels is None else stretch(labels, -100)
+
+    def _check_room(self, T, cache):
+        """How many tokens may follow T new ones; a ValueError if they do not fit themselves."""
+        taken = 0 if cache is None else int(cache.length)
+        limit, what = self.config.text.max_position_embeddings, "the model's max_position_embeddings"
+        if cache is not None and cache.max_length < limit:
+            limit, what = cache.max_length, "the cache's max_length"
+        if taken + T > limit:
+            before = f" after {taken} in the cache" if taken else ""
+            raise ValueError(f"{T} tokens{before} do not fit {what} of {limit}; shorten the prompt or use fewer pictures")
+        return limit - taken - T
+
+    def generate(
+        self,
+        input_ids,
+        pixel_values=None,
+        attention_mask=None,
+        max_new_tokens=512,
+        temperature=0.0,
+        top_k=None,
+        top_p=None,
+        seed=None,
+        eos_ids=None,
+        cache=None,
+    ):
+        """Continue each row of a batch: an iterator of (B,) ids, one for each step.
+
+        input_ids, pixel_values, attention_mask: as in forward.
+        temperature 0 takes the likeliest token; above 0 it divides the logits and a token is drawn, from the top_k
+            likeliest and from the fewest whose probabilities reach top_p, if given. seed makes the draws repeatable.
+        eos_ids: ids that end a row, the ended row then yields pad_id; None: the checkpoint's; (): none.
+        cache: continue what it holds. By default one is made, of just the length needed.
+        Ends after max_new_tokens, when every row has ended, or where the context or the cache is full.
+        Raises ValueError at once, not at the first step.
+        """
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+        if temperature < 0:
+            raise ValueError(f"temperature is {temperature}; expected 0 (greedy) or more")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k is {top_k}; expected at least 1")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"top_p is {top_p}; expected more than 0 and at most 1")
+        eos = torch.tensor(self.config.eos_ids if eos_ids is None else list(eos_ids), dtype=torch.long, device=self.device)
+        random = None if seed is None else torch.Generator(self.device).manual_seed(seed)
+
+        with torch.no_grad():
+            x, _, mask, _ = self._embed(input_ids, pixel_values, attention_mask)
+        B, T, _ = x.shape
+        if not T:
+            raise ValueError("the prompt is empty; it needs at least one token")
+        room = self._check_room(T, cache)
+        if room < 1:
+            raise ValueError(f"a prompt of {T} tokens leaves no room for an answer in a context of {T + room}")
+        steps = min(max_new_tokens, room)
+        if cache is None:
+            cache = KVCache(self.config.text, B, T + steps, self.device, self.dtype)
+        return self._steps(x, mask, cache, steps, eos, lambda logits: sample(logits, temperature, top_k, top_p, random))
+
+    @torch.no_grad()
+    def _steps(self, x, mask, cache, steps, eos, choose):
+        """The loop of generation: one token from the last hidden state, its embedding back in, and again."""
+        alive = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        for step in range(steps):
+            x = self.language_model(x, mask, cache=cache)[:, -1]  # (B, D): only the last position needs logits
+            token = torch.where(alive, choose(self.language_model.lm_head(x)), self.config.pad_id)  # (B,)
+            alive = alive & ~torch.isin(token, eos)
+            yield token
+            if step + 1 == steps or not alive.any():
+                return
+            x, mask = self.language_model.embed(token[:, None]), alive[:, None]
+
+
+def sample(logits, temperature, top_k, top_p, random):
+    """One id for each row of logits (B, vocabulary): (B,). Temperature first, then top-k, then top-p, as everywhere."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p is not None:
+        ordered, index = logits.sort(descending=True)
+        probabilities = ordered.softmax(-1)
+        likelier = probabilities.cumsum(-1) - probabilities  # what all tokens before this one sum to
+        logits = logits.scatter(-1, index, ordered.masked_fill(likelier >= top_p, -torch.inf))
+    return torch.multinomial(logits.softmax(-1), 1, generator=random)[:, 0]
+
+
+# Four layouts of names exist: as published, and what three generations of transformers save. Each rewrite is tried once,
+# in order, on the front of a name, and leads to the names of the modules above.
+REWRITES = (
+    ("model.", ""),
+    ("language_model.model.", "language_model."),
+    ("lm_head.", "language_model.lm_head."),
+    ("multi_modal_projector.", "projector."),
+    ("vision_tower.vision_model.", "vision_tower."),
+    ("vision_tower.embeddings.", "vision_tower."),
+    ("vision_tower.encoder.", "vision_tower."),
+)
+COMPUTED = (".position_ids", ".rotary_emb.inv_freq")  # tables that old files store and every model computes
+STORED_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+
+
+def our_name(name):
+    for old, new in REWRITES:
+        if name.startswith(old):
+            name = new + name.removeprefix(old)
+    return name
+
+
+def checkpoint_folder(folder_or_hub_name):
+    """The local folder of a checkpoint, fetched from the Hugging Face hub if it is a name there, like "llava-hf/llava-1.5-7b-hf"."""
+    name = str(folder_or_hub_name)
+    if Path(name).is_dir():
+        return Path(name)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{name}: no such folder")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise FileNotFoundError(f"{name}: no such folder; to fetch it from the hub, pip install huggingface_hub") from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.model", "*.safetensors"]))
+    except Exception as error:  # of the network, the hub or the disk, in the types of several libraries
+        raise FileNotFoundError(f"{name} could not be fetched from the hub: {str(error).strip().splitlines()[0]}") from None
+
+
+def read_headers(folder):
+    """What a checkpoint's files hold, from their headers alone: {our name: (file, name in the file, shape, type)}."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        files = [single.name]
+    elif index.is_file():
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise ValueError(f"{index} has no weight_map from tensor names to file names")
+        files = sorted(set(weight_map.values()))
+        if outside := [file for file in files if Path(file).name != file or "\\" in file]:
+            raise ValueError(f"{index} names {outside[0]!r}; expected names of files beside it, without folders")
+    else:
+        raise FileNotFoundError(f"{folder} has no model.safetensors and no model.safetensors.index.json")
+    if missing := [file for file in files if not (folder / file).is_file()]:
+        raise FileNotFoundError(f"{folder} lacks {len(missing)} of its {len(files)} weight files, {missing[0]} first; fetch it again")
+
+    stored = {}
+    for file in files:
+        try:
+            with safe_open(folder / file, "pt") as tensors:
+                for name in tensors.keys():
+                    if not name.endswith(COMPUTED):
+                        header = tensors.get_slice(name)
+                        if our_name(name) in stored:
+                            raise ValueError(f"{folder / file} holds {name} a second time")
+                        stored[our_name(name)] = (folder / file, name, tuple(header.get_shape()), header.get_dtype())
+        except SafetensorError as error:
+            raise ValueError(f"{folder / file} is damaged or cut short ({error}); fetch it again") from None
+    return stored
+
+
+def load(folder, device, dtype):
+    """Make the model without memory on the meta device, check that its parameters are those of the files, then read
+    them one at a time, each straight to its device and type. Where neither changes, the file is mapped, not copied."""
+    config, stored = LlavaConfig.from_pretrained(folder), read_headers(folder)
+    if config.text.tie_word_embeddings:
+        stored.pop("language_model.lm_head.weight", None)
+    # ViP-7B's published config has a stale `vision_feature_layer: -2`, but its projector has the width of five layers.
+    width = stored["projector.linear_1.weight"][2][1] if "projector.linear_1.weight" in stored else 0
+    if config.style == "vip" and len(config.vision_layers) == 1 and width == len(VIP_LAYERS) * config.vision.hidden_size:
+        config.vision_layers = list(VIP_LAYERS)
+    with torch.device("meta"):
+        model = Llava(config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+    problems = {
+        "missing": [name for name in shapes if name not in stored],
+        "unexpected": [stored[name][1] for name in stored if name not in shapes],
+        "of a wrong shape": [
+            f"{stored[name][1]} {stored[name][2]}, expected {shape}"
+            for name, shape in shapes.items()
+            if name in stored and stored[name][2] != shape
+        ],
+        "of an unsupported type": [f"{name} {kind}" for _, name, _, kind in stored.values() if kind not in STORED_DTYPES],
+    }
+    if any(problems.values()):
+        lines = [
+            f"{len(names)} {what}: {'; '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+            for what, names in problems.items()
+            if names
+        ]
+        raise ValueError(f"{folder}: config.json and the weights disagree. Tensors " + ". Tensors ".join(lines))
+
+    if dtype is None:
+        dtype = STORED_DTYPES[stored["language_model.embed_tokens.weight"][3]]
+    for name in tqdm(shapes, desc="loading", unit="tensor", delay=1, disable=None):
+        file, stored_name, _, _ = stored[name]
+        with safe_open(file, "pt") as tensors:  # opened anew each time, so that no earlier tensor's pages stay mapped
+            tensor = tensors.get_tensor(stored_name).to(device, dtype)
+        module, leaf = name.rpartition(".")[::2]
+        setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
+    if config.text.tie_word_embeddings:
+        model.language_model.lm_head.weight = model.language_model.embed_tokens.weight
+    return model.eval()
+
+
+def _read_json(path):
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path.parent} has no {path.name}: it must hold a whole Hugging Face checkpoint") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} holds a {type(raw).__name__}; expected a JSON object")
+    return raw
+
+
+class Chat:
+    """A conversation about pictures: model, tokenizer and image processor together.
+
+    The KV cache is kept between turns. Each turn writes out the whole conversation and encodes it, and only what the
+    cache does not hold yet is computed: the last answer's end and the new question. A picture is encoded once.
+    """
+
+    def __init__(self, model, tokenizer, processor):
+        self.model, self.tokenizer, self.processor = model, tokenizer, processor
+        self.system = None  # a system sentence; None: the style's own
+        self.pad = False  # pad pictures to a square instead of cropping them
+        self.reset()
+
+    @classmethod
+    def from_pretrained(cls, folder_or_hub_name, device="cpu", dtype=None):
+        """See Llava.from_pretrained; the tokenizer and the image processor come from the same folder."""
+        folder = checkpoint_folder(folder_or_hub_name)
+        tokenizer, processor = Tokenizer.from_pretrained(folder), ImageProcessor.from_pretrained(folder)
+        model = Llava.from_pretrained(folder, device, dtype)
+        config = model.config
+        if tokenizer.image_id != config.image_id:
+            raise ValueError(f"{folder}: <image> is {tokenizer.image_id} in the tokenizer and {config.image_id} in config.json")
+        if processor.crop_size != config.vision.image_size:
+            raise ValueError(f"{folder}: pictures are cropped to {processor.crop_size}, the vision tower takes {config.vision.image_size}")
+        return cls(model, tokenizer, processor)
+
+    def reset(self):
+        """Start a new conversation."""
+        self.messages, self.images = [], []  # every turn so far; the pictures of all turns, in order
+        self._cache, self._cached = None, []  # the KV cache, and the ids in it (one for each <image>)
+
+    def prompt(self, question, images=()):
+        """The exact text the model would read for the next question: the whole conversation up to the answer."""
+        content = [{"type": "image"} for _ in images] + [{"type": "text", "text": question}]
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return chat_prompt(system + self.messages + [{"role": "user", "content": content}], self.model.config.style)
+
+    def ask(self, question, images=(), max_new_tokens=512, temperature=0.0, top_k=None, top_p=None, seed=None):
+        """Ask the next question, about `images` (PIL) and all pictures before: an iterator of the answer's pieces.
+
+        The pieces are whole characters and join to the answer, which enters the conversation as far as it was read.
+        Raises ValueError at once for a question or a picture that cannot be asked; the conversation is then unchanged.
+        """
+        model, config = self.model, self.model.config
+        prompt = self.tokenizer.encode(self.prompt(question, images))
+        pictures = self.images + list(images)
+
+        # Keep the cache as far as it agrees with this prompt; the last token is always computed, for its logits.
+        keep = 0
+        while keep < min(len(self._cached), len(prompt) - 1) and self._cached[keep] == prompt[keep]:
+            keep += 1
+        new = prompt[keep:]
+        unseen = pictures[len(pictures) - new.count(config.image_id) :]
+        pixels = self.processor(unseen, pad=self.pad) if unseen else None
+        length = lambda ids: len(ids) + ids.count(config.image_id) * (config.features_per_image - 1)  # in cache slots
+        room = min(length(prompt) + max_new_tokens, config.text.max_position_embeddings)
+        if self._cache is None:
+            self._cache = KVCache(config.text, 1, room, model.device, model.dtype)
+        elif room > self._cache.max_length:
+            self._cache.grow(room)
+        self._cache.truncate(length(prompt[:keep]))
+        self._cached = prompt[:keep]
+        ids = model.generate(
+            torch.tensor([new]), pixels, None, max_new_tokens, temperature, top_k, top_p, seed, cache=self._cache
+        )
+        return self._answer(question, images, prompt, ids)
+
+    def _answer(self, question, images, prompt, steps):
+        """Stream one answer, and enter the turn into the conversation when it ends or its reader stops reading."""
+        answer, ids, said = [], [], False
+        end = STYLES[self.model.config.style]["end"]
+
+        def note():
+            for token in steps:
+                ids.append(int(token))
+                self._cached = prompt + ids[:-1]  # a token enters the cache when the next one is computed
+                yield ids[-1]
+
+        try:
+            for piece in stop_at(self.tokenizer.stream(note()), end):
+                answer.append(piece)
+                yield piece
+        finally:
+            if ids:
+                content = [{"type": "image"} for _ in images] + [{"type": "text", "text": question}]
+                self.messages += [{"role": "user", "content": content}, {"role": "assistant", "content": "".join(answer)}]
+                self.images += images
+
+
+def stop_at(pieces, stop):
+    """Pass text through up to a stop string, even one split over pieces: what could be its beginning is held back."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        if stop in held:
+            yield from filter(None, [held[: held.index(stop)]])
+            return
+        safe = next(n for n in range(len(held) + 1) if stop.startswith(held[n:]))  # the rest may yet become the stop
+        if safe:
+            yield held[:safe]
+        held = held[safe:]
+    if held:
+        yield held
