@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from clip import CLIPVision, CLIPVisionConfig, ImageProcessor
 from llama import KVCache, Llama, LlamaConfig
-from tokenizer import STYLES, Tokenizer, chat_prompt
+from tokenizer import STYLES, Tokenizer, chat_prompt, stop_at
 
 VIT_L_14_336 = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14)
 VIP_LAYERS = [-2, -5, -8, -11, 6]
@@ -118,7 +118,7 @@ def splice(embeds, is_image, features):
 
 
 class Llava(nn.Module):
-    """The whole model. Make one with `Llava.from_pretrained`; the forward pass is `_embed`, then the language model."""
+    """The whole model. Make one with `Llava.from_pretrained`; its forward pass is `embed`, then the language model."""
 
     def __init__(self, config):
         super().__init__()
@@ -177,60 +177,68 @@ class Llava(nn.Module):
         cache: a KVCache with room for T more tokens; they are added to it and see what it holds.
         Raises ValueError where counts or shapes do not fit.
         """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give input_ids or inputs_embeds, one of the two")
+        features = None
+        if inputs_embeds is None:
+            input_ids, attention_mask, labels = self._prepare(input_ids, pixel_values, attention_mask, labels)
+            inputs_embeds, features = self.embed(input_ids, pixel_values)
+        elif pixel_values is not None:
+            raise ValueError("inputs_embeds hold their pictures already; give pixel_values with input_ids only")
+        _check_shapes(inputs_embeds.shape[:2], attention_mask=attention_mask, labels=labels, positions=positions)
+        self._check_room(inputs_embeds.shape[1], cache)
+
         states, maps = [] if output_hidden_states else None, [] if output_attentions else None
-        x, features, mask, labels = self._embed(input_ids, pixel_values, attention_mask, inputs_embeds, labels)
-        self._check_room(x.shape[1], cache)
-        x = self.language_model(x, mask, positions, cache, states, maps)
+        mask = None if attention_mask is None else attention_mask.to(self.device, torch.bool)
+        x = self.language_model(inputs_embeds.to(self.device, self.dtype), mask, positions, cache, states, maps)
         logits = self.language_model.lm_head(x)
         loss = None
         if labels is not None:  # position t predicts token t + 1
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().to(logits.device))
         return LlavaOutput(logits, loss, features, states, maps)
 
-    def _embed(self, input_ids, pixel_values, attention_mask, inputs_embeds=None, labels=None):
-        """Ids and pixels -> spliced embeddings (B, T, D), image features, and the mask and labels to match."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give input_ids or inputs_embeds, one of the two")
-        given = input_ids if inputs_embeds is None else inputs_embeds[..., 0]
-        if given.ndim != 2:
-            raise ValueError(f"input_ids must be (B, T) and inputs_embeds (B, T, D); got {tuple(given.shape)} for (B, T)")
-        for name, value in (("attention_mask", attention_mask), ("labels", labels)):
-            if value is not None and value.shape != given.shape:
-                raise ValueError(f"{name} is {tuple(value.shape)}; it must be {tuple(given.shape)}, one for each new token")
-        mask = None if attention_mask is None else attention_mask.to(self.device, torch.bool)
-        if inputs_embeds is not None:
-            if pixel_values is not None:
-                raise ValueError("inputs_embeds hold their pictures already; give pixel_values with input_ids only")
-            return inputs_embeds.to(self.device, self.dtype), None, mask, labels
+    def embed(self, input_ids, pixel_values=None):
+        """What the language model reads: word embeddings, with picture features where the `<image>` tokens stand.
 
-        ids, image_id, P = input_ids.to(self.device), self.config.image_id, self.config.features_per_image
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.text.vocab_size:
-            raise ValueError(f"input_ids run from {ids.min()} to {ids.max()}; the vocabulary has {self.config.text.vocab_size} rows")
-        tokens, images = int((ids == image_id).sum()), 0 if pixel_values is None else len(pixel_values)
+        input_ids: (B, T), with as many `<image>` ids as there are features; pixel_values: (N, 3, S, S), or None.
+        Returns (B, T, D) and the features (N, P, D), or None.
+        """
+        embeds = self.language_model.embed(input_ids)  # (B, T, D)
+        if pixel_values is None:
+            return embeds, None
+        features = self.encode_images(pixel_values)  # (N, P, D)
+        return splice(embeds, input_ids == self.config.image_id, features), features
+
+    def _prepare(self, ids, pixel_values, mask, labels=None):
+        """Check ids (B, T) and what goes with them; expand `<image>` ids that stand for a whole picture each."""
+        vocabulary, P = self.config.text.vocab_size, self.config.features_per_image
+        if ids.ndim != 2 or not ids.numel():
+            raise ValueError(f"input_ids are {tuple(ids.shape)}; expected (B, T), with at least one token")
+        _check_shapes(ids.shape, attention_mask=mask, labels=labels)
+        if ids.min() < 0 or ids.max() >= vocabulary:
+            raise ValueError(f"input_ids run from {ids.min()} to {ids.max()}; the vocabulary has {vocabulary} rows")
+        ids = ids.to(self.device)
+        tokens, images = int((ids == self.config.image_id).sum()), 0 if pixel_values is None else len(pixel_values)
         if tokens == images != images * P:
-            ids, mask, labels = self._expand(ids, mask, labels)
-        elif tokens != images * P:
+            return self._expand(ids, mask, labels)
+        if tokens != images * P:
             raise ValueError(
                 f"the prompt has {tokens} <image> tokens for {images} pictures; "
                 f"expected one each ({images}), or one for each of the {images * P} features"
             )
-        embeds, features = self.language_model.embed(ids), None
-        if pixel_values is not None:
-            features = self.encode_images(pixel_values.to(self.device))
-            embeds = splice(embeds, ids == image_id, features)
-        return embeds, features, mask, labels
+        return ids, mask, labels
 
     def _expand(self, ids, mask, labels):
         """Repeat each `<image>` id P times, mask and labels with it; rows that end up shorter are padded on the left."""
         repeats = torch.where(ids == self.config.image_id, self.config.features_per_image, 1)  # (B, T)
         T = int(repeats.sum(1).max())
-        mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+        mask = torch.ones_like(ids) if mask is None else mask
 
         def stretch(rows, fill):
             rows = [row.repeat_interleave(count) for row, count in zip(rows.to(ids.device), repeats)]
             return torch.stack([F.pad(row, (T - len(row), 0), value=fill) for row in rows])
 
-        return stretch(ids, self.config.pad_id), stretch(mask, False), None if labels is None else stretch(labels, -100)
+        return stretch(ids, self.config.pad_id), stretch(mask, 0), None if labels is None else stretch(labels, -100)
 
     def _check_room(self, T, cache):
         """How many tokens may follow T new ones; a ValueError if they do not fit themselves."""
@@ -240,7 +248,7 @@ class Llava(nn.Module):
             limit, what = cache.max_length, "the cache's max_length"
         if taken + T > limit:
             before = f" after {taken} in the cache" if taken else ""
-            raise ValueError(f"{T} tokens{before} do not fit {what} of {limit}; shorten the prompt or use fewer pictures")
+            raise ValueError(f"{T} tokens{before} do not fit {what} of {limit}; shorten the prompt, use fewer pictures or start a new chat")
         return limit - taken - T
 
     def generate(
@@ -277,17 +285,17 @@ class Llava(nn.Module):
         eos = torch.tensor(self.config.eos_ids if eos_ids is None else list(eos_ids), dtype=torch.long, device=self.device)
         random = None if seed is None else torch.Generator(self.device).manual_seed(seed)
 
-        with torch.no_grad():
-            x, _, mask, _ = self._embed(input_ids, pixel_values, attention_mask)
-        B, T, _ = x.shape
-        if not T:
-            raise ValueError("the prompt is empty; it needs at least one token")
+        ids, mask, _ = self._prepare(input_ids, pixel_values, attention_mask)
+        B, T = ids.shape
         room = self._check_room(T, cache)
         if room < 1:
             raise ValueError(f"a prompt of {T} tokens leaves no room for an answer in a context of {T + room}")
         steps = min(max_new_tokens, room)
         if cache is None:
             cache = KVCache(self.config.text, B, T + steps, self.device, self.dtype)
+        with torch.no_grad():
+            x, _ = self.embed(ids, pixel_values)
+        mask = None if mask is None else mask.to(self.device, torch.bool)
         return self._steps(x, mask, cache, steps, eos, lambda logits: sample(logits, temperature, top_k, top_p, random))
 
     @torch.no_grad()
@@ -302,6 +310,12 @@ class Llava(nn.Module):
             if step + 1 == steps or not alive.any():
                 return
             x, mask = self.language_model.embed(token[:, None]), alive[:, None]
+
+
+def _check_shapes(shape, **values):
+    for name, value in values.items():
+        if value is not None and value.shape != shape:
+            raise ValueError(f"{name} is {tuple(value.shape)}; expected {tuple(shape)}, one for each new token")
 
 
 def sample(logits, temperature, top_k, top_p, random):
@@ -478,6 +492,7 @@ class Chat:
         """Start a new conversation."""
         self.messages, self.images = [], []  # every turn so far; the pictures of all turns, in order
         self._cache, self._cached = None, []  # the KV cache, and the ids in it (one for each <image>)
+        self._turn = None  # the answer that is being given
 
     def prompt(self, question, images=()):
         """The exact text the model would read for the next question: the whole conversation up to the answer."""
@@ -492,6 +507,8 @@ class Chat:
         Raises ValueError at once for a question or a picture that cannot be asked; the conversation is then unchanged.
         """
         model, config = self.model, self.model.config
+        if self._turn is not None:
+            self._turn.close()  # an answer that its reader left unfinished ends here
         prompt = self.tokenizer.encode(self.prompt(question, images))
         pictures = self.images + list(images)
 
@@ -513,7 +530,8 @@ class Chat:
         ids = model.generate(
             torch.tensor([new]), pixels, None, max_new_tokens, temperature, top_k, top_p, seed, cache=self._cache
         )
-        return self._answer(question, images, prompt, ids)
+        self._turn = self._answer(question, images, prompt, ids)
+        return self._turn
 
     def _answer(self, question, images, prompt, steps):
         """Stream one answer, and enter the turn into the conversation when it ends or its reader stops reading."""
@@ -535,19 +553,3 @@ class Chat:
                 content = [{"type": "image"} for _ in images] + [{"type": "text", "text": question}]
                 self.messages += [{"role": "user", "content": content}, {"role": "assistant", "content": "".join(answer)}]
                 self.images += images
-
-
-def stop_at(pieces, stop):
-    """Pass text through up to a stop string, even one split over pieces: what could be its beginning is held back."""
-    held = ""
-    for piece in pieces:
-        held += piece
-        if stop in held:
-            yield from filter(None, [held[: held.index(stop)]])
-            return
-        safe = next(n for n in range(len(held) + 1) if stop.startswith(held[n:]))  # the rest may yet become the stop
-        if safe:
-            yield held[:safe]
-        held = held[safe:]
-    if held:
-        yield held

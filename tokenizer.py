@@ -54,7 +54,10 @@ class Tokenizer:
 
         Each stretch of text between special tokens is encoded as if it stood alone, with SentencePiece's leading space:
         the newline after `<image>` becomes "▁", "\\n". That is what the checkpoints were trained on.
+        Raises ValueError for half a character (a lone surrogate), which no UTF-8 text holds.
         """
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"the text {text!r} is not valid Unicode: it holds half a surrogate pair")
         ids = [self.bos_id]
         for part in filter(None, self._literals.split(text)):
             ids += [self.specials[part]] if part in self.specials else self.model.encode(part)
@@ -87,6 +90,22 @@ class Tokenizer:
             if text:
                 yield from filter(None, [text.removeprefix(space)])
                 space = ""
+
+
+def stop_at(pieces, stop):
+    """Pass text through up to a stop string, even one split over pieces: what could be its beginning is held back."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        if stop in held:
+            yield from filter(None, [held[: held.index(stop)]])
+            return
+        safe = next(n for n in range(len(held) + 1) if stop.startswith(held[n:]))  # the rest may yet become the stop
+        if safe:
+            yield held[:safe]
+        held = held[safe:]
+    if held:
+        yield held
 
 
 def expand_images(ids, image_id, count):

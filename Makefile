@@ -1,0 +1,32 @@
+PYTHON ?= python3
+
+sample: .venv/installed
+	.venv/bin/python sample.py
+
+test: .venv/installed
+	.venv/bin/python -m pytest
+
+# Everything below is for those who change the project; nothing above needs it.
+
+parity: .venv/installed          # live, against transformers
+	.venv/bin/pip install --quiet transformers==5.23.0
+	.venv/bin/python -m tests.parity
+	.venv/bin/python -m tests.tokenizer_parity
+
+tiny: .venv/installed            # make tiny/llava again, from nothing but seeds
+	.venv/bin/python -m tiny.world
+	.venv/bin/python -m tiny.towers
+	.venv/bin/python train.py --stage 1 --model tiny/build/base --data tiny/data/align.json --images tiny/data \
+		--out tiny/build/aligned --batch-size 32 --lr 2e-3
+	.venv/bin/python train.py --stage 2 --model tiny/build/aligned --data tiny/data/instruct.json --images tiny/data \
+		--out tiny/build/llava --batch-size 32 --lr 1e-3 --epochs 2
+	cp tiny/build/llava/*.json tiny/build/llava/tokenizer.model tiny/build/llava/model.safetensors tiny/llava/
+	.venv/bin/python -m tiny.grade
+
+.venv/installed: requirements.txt
+	@echo "Installing PyTorch and six small packages into .venv, once."
+	@$(PYTHON) -m venv .venv
+	@.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.PHONY: sample test parity tiny

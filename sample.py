@@ -1,0 +1,185 @@
+"""Ask a picture a question.
+
+    python sample.py                                              # the bundled picture, question and model
+    python sample.py --image photo.jpg "What is in this picture?" --model llava-hf/llava-1.5-7b-hf
+    python sample.py --image photo.jpg --chat                     # several turns; Ctrl-D or Ctrl-C leaves
+
+The answer, and nothing else, goes to standard output; what is loaded, timings and errors go to standard error.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from clip import open_image
+from llava import Chat, Llava, LlavaConfig, checkpoint_folder
+
+HERE = Path(__file__).parent
+BUNDLED_MODEL, BUNDLED_PICTURE = HERE / "tiny" / "llava", HERE / "tiny" / "example.png"
+QUESTION = "Describe the picture."
+SMALL = 100e6  # parameters: below this 16 bits save nothing that one would notice
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="python sample.py [options] [QUESTION]"
+    )
+    parser.error = fail  # one line, without the usage
+    parser.add_argument("question", nargs="?", metavar="QUESTION", help=f'the question; "-" reads it from standard input ["{QUESTION}"]')
+    parser.add_argument("--model", help="checkpoint folder, or name on the Hugging Face hub [the bundled tiny/llava]")
+    parser.add_argument("--image", action="append", metavar="FILE", help="a picture; may be repeated [with the bundled model: its picture]")
+    parser.add_argument("--chat", action="store_true", help="go on asking: one question a line")
+    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="length of an answer at the most [512]")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: the likeliest word each time; higher: more varied [0]")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens only")
+    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that together have probability P")
+    parser.add_argument("--seed", type=int, help="makes the draws repeatable")
+    parser.add_argument("--system", metavar="TEXT", help="a system sentence in place of the model's own")
+    parser.add_argument("--device", default="auto", help="cuda, mps or cpu [the first of them that is there]")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="[what is fast on the device]")
+    parser.add_argument("--pad", action="store_true", help="pad pictures to a square instead of cropping them")
+    parser.add_argument("--show-prompt", action="store_true", help="also print the exact prompt and its ids to standard error")
+    return parser.parse_args()
+
+
+def fail(message):
+    """A user's mistake: one line on standard error, exit status 2."""
+    print(f"sample.py: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def choose_device(name):
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind = name.partition(":")[0]
+    if kind not in ("cuda", "mps", "cpu"):
+        raise ValueError(f"--device {name}: expected cuda, mps or cpu")
+    if kind == "cuda" and not torch.cuda.is_available() or kind == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"--device {name}: PyTorch sees no such device here; leave the option out to use what there is")
+    return name
+
+
+def choose_dtype(device, parameters):
+    """The type that is fast: 16 bits for a large model, bfloat16 where the hardware multiplies it, never float16 on a CPU."""
+    if parameters < SMALL:
+        return torch.float32
+    if device.startswith("cuda"):
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if device == "mps":
+        return torch.float16
+    info = Path("/proc/cpuinfo")  # absent where the system is not Linux: such a CPU gets float32
+    flags = info.read_text().split() if info.exists() else ()
+    return torch.bfloat16 if {"avx512_bf16", "amx_bf16", "bf16"} & set(flags) else torch.float32
+
+
+def free_memory(device):
+    """Bytes that the device can still give, or None where the system does not say."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    if device == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    info = Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if info.exists() else ()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+
+
+def size(bytes):
+    return f"{bytes / 1e9:.1f} GB" if bytes >= 1e9 else f"{bytes / 1e6:.1f} MB"
+
+
+def load(args, pictures):
+    """The chat, after one line that says what it will take, and an error if the device has not got it."""
+    folder = checkpoint_folder(args.model or BUNDLED_MODEL)
+    config = LlavaConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in Llava(config).parameters())
+    device = choose_device(args.device)
+    dtype = choose_dtype(device, parameters) if args.dtype == "auto" else getattr(torch, args.dtype)
+
+    text = config.text
+    tokens = text.max_position_embeddings  # of a chat at the most; a single answer needs less
+    if not args.chat:
+        tokens = min(tokens, pictures * config.features_per_image + len(args.question) + args.max_new_tokens)
+    weights = parameters * dtype.itemsize
+    cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * tokens * dtype.itemsize
+    print(
+        f"{args.model or 'tiny/llava'}: {parameters / 1e6:,.1f} M parameters on {device} in {str(dtype)[6:]}, "
+        f"{size(weights)} of weights and {size(cache)} of cache for {tokens} tokens",
+        file=sys.stderr,
+    )
+    free = free_memory(device)
+    if free is not None and weights + cache > free:
+        raise ValueError(f"{device} has {size(free)} free, {size(weights + cache)} are needed; use a smaller --dtype or --max-new-tokens")
+    chat = Chat.from_pretrained(folder, device, dtype)
+    chat.system, chat.pad = args.system, args.pad
+    return chat
+
+
+def answer(chat, args, question, images):
+    """Print one answer as it comes, then how long it took."""
+    if args.show_prompt:
+        prompt = chat.prompt(question, images)
+        print(f"{prompt!r}\n{chat.tokenizer.encode(prompt)}", file=sys.stderr)
+    start, first = time.perf_counter(), None
+    for piece in chat.ask(question, images, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed):
+        first = first or time.perf_counter() - start
+        print(piece, end="", flush=True)
+    print(flush=True)
+    if first is not None:
+        print(f"first word after {first:.2f} s, whole answer {time.perf_counter() - start:.2f} s", file=sys.stderr)
+
+
+def converse(chat, args, images):
+    """Question after question until the input ends. A question that cannot be asked is reported, and the chat goes on."""
+    status, question = 0, args.question
+    while True:
+        if question is None:
+            print("> ", end="", file=sys.stderr, flush=True)
+            try:
+                question = input().strip()
+            except EOFError:
+                print(file=sys.stderr)
+                return status
+        if question:
+            try:
+                answer(chat, args, question, images)
+                images = ()  # they belong to the conversation now
+            except ValueError as error:
+                print(f"sample.py: {error}", file=sys.stderr)
+                status = 2
+        question = None
+
+
+def main():
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
+    args = parse_arguments()
+    try:
+        if args.question == "-":
+            args.question = sys.stdin.read().strip()
+        if args.question is None and not args.chat:
+            args.question = QUESTION
+        if args.question == "":
+            raise ValueError("the question is empty")
+        files = args.image or ([] if args.model else [BUNDLED_PICTURE])
+        images = [open_image(file) for file in files]
+        chat = load(args, len(images))
+        if args.chat:
+            sys.exit(converse(chat, args, images))
+        answer(chat, args, args.question, images)
+    except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError):  # whoever read the answer has seen enough
+            sys.stderr.close()
+            sys.exit(0)
+        fail(error)
+    except (torch.OutOfMemoryError, MemoryError):
+        fail("the device ran out of memory; use a smaller --dtype, or --device cpu")
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        sys.exit(0 if args.chat else 130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""A conversation: the cache kept between turns changes what is computed, never what is said."""
+
+import pytest
+import torch
+from PIL import Image
+
+from clip import open_image
+from llava import Chat
+
+PICTURE = "tiny/example.png"
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return Chat.from_pretrained("tiny/llava", dtype=torch.float32)
+
+
+@pytest.fixture
+def chat(loaded):
+    loaded.reset()
+    return loaded
+
+
+@pytest.fixture
+def seen(chat):
+    """What passes through the model: pictures encoded, tokens computed in each pass, logits of each step."""
+    log = {"pictures": [], "tokens": [], "logits": []}
+    model = chat.model
+    hooks = [
+        model.vision_tower.register_forward_hook(lambda _, args, __: log["pictures"].append(len(args[0]))),
+        model.language_model.register_forward_hook(lambda _, args, __: log["tokens"].append(args[0].shape[1])),
+        model.language_model.lm_head.register_forward_hook(lambda _, __, out: log["logits"].append(out)),
+    ]
+    yield log
+    for hook in hooks:
+        hook.remove()
+
+
+def clear(log):
+    for entries in log.values():
+        entries.clear()
+
+
+def cold_start(chat, question, images=()):
+    """The first logits of the next answer when nothing is cached, and how many tokens that took."""
+    log = []
+    hook = chat.model.language_model.lm_head.register_forward_hook(lambda _, __, out: log.append(out))
+    fresh = Chat(chat.model, chat.tokenizer, chat.processor)
+    fresh.messages, fresh.images = list(chat.messages), list(chat.images)
+    next(fresh.ask(question, images), None)
+    hook.remove()
+    return log[0]
+
+
+def assert_close(a, b):
+    assert (a - b).abs().max() / b.abs().max() < 1e-5
+
+
+def test_the_second_turn_computes_only_what_is_new_and_equals_a_cold_start(chat, seen):
+    first = "".join(chat.ask("Describe the picture.", [open_image(PICTURE)]))
+    assert first.endswith(".") and seen["pictures"] == [1]
+    prompt = chat.tokenizer.encode(chat.prompt("How many things are there?"))
+    held = len(chat._cached)
+    expected = cold_start(chat, "How many things are there?")
+    clear(seen)
+    "".join(chat.ask("How many things are there?"))
+    assert seen["pictures"] == []
+    assert seen["tokens"][0] == len(prompt) - held < 20  # the end mark and the question
+    assert_close(seen["logits"][0], expected)
+
+
+def test_a_picture_in_a_later_turn_is_the_only_one_encoded(chat, seen):
+    "".join(chat.ask("Describe the picture.", [open_image(PICTURE)]))
+    other = Image.new("RGB", (112, 112), "white")
+    expected = cold_start(chat, "Describe the picture.", [other])
+    clear(seen)
+    "".join(chat.ask("Describe the picture.", [other]))
+    assert seen["pictures"] == [1]
+    assert_close(seen["logits"][0], expected)
+
+
+def test_an_answer_cut_short_stays_in_the_conversation_as_far_as_it_was_read(chat, seen):
+    answer = chat.ask("Describe the picture.", [open_image(PICTURE)])
+    read = next(answer) + next(answer)
+    answer.close()
+    assert chat.messages[-1] == {"role": "assistant", "content": read}
+    expected = cold_start(chat, "How many things are there?")
+    clear(seen)
+    "".join(chat.ask("How many things are there?"))
+    assert_close(seen["logits"][0], expected)
+
+
+def test_an_answer_left_hanging_ends_when_the_next_question_comes(chat):
+    hanging = chat.ask("Describe the picture.", [open_image(PICTURE)])
+    read = next(hanging)
+    "".join(chat.ask("How many things are there?"))
+    assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
+    assert chat.messages[1]["content"] == read and next(hanging, None) is None
+
+
+def test_the_cache_grows_with_the_conversation(chat, seen):
+    "".join(chat.ask("Describe the picture.", [open_image(PICTURE)], max_new_tokens=2))
+    before = chat._cache.max_length
+    expected = cold_start(chat, "Describe the picture.")
+    clear(seen)
+    "".join(chat.ask("Describe the picture.", max_new_tokens=60))
+    assert chat._cache.max_length > before
+    assert_close(seen["logits"][0], expected)
+
+
+@pytest.mark.parametrize(
+    "question, words", [("What is </s>?", "'</s>'"), ("why " * 600, "max_position_embeddings of 512"), ("USER: me", "'USER:'")]
+)
+def test_a_question_that_cannot_be_asked_changes_nothing(chat, question, words):
+    "".join(chat.ask("Describe the picture.", [open_image(PICTURE)]))
+    before = list(chat.messages)
+    with pytest.raises(ValueError, match=words):
+        chat.ask(question)
+    assert chat.messages == before
+    answer = "".join(chat.ask("How many things are there?"))
+    chat.reset()
+    "".join(chat.ask("Describe the picture.", [open_image(PICTURE)]))
+    assert "".join(chat.ask("How many things are there?")) == answer
+
+
+def test_pieces_join_to_the_answer(chat):
+    pieces = list(chat.ask("Describe the picture.", [open_image(PICTURE)]))
+    assert len(pieces) > 5 and "".join(pieces) == chat.messages[-1]["content"]
+
+
+def test_a_system_sentence_is_read(chat):
+    chat.system = "Be brief."
+    assert chat.prompt("Hi").startswith("Be brief. USER: Hi")
+    chat.system = None

@@ -1,0 +1,293 @@
+"""Generation: which tokens come, when it stops, how much is computed; and the KV cache."""
+
+import pytest
+import torch
+
+from llama import KVCache
+from llava import sample
+from tests.compare import FAMILIES, TOLERANCE, load, relative
+
+LOGITS = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -8.0]])
+
+
+def prompt(reference, rows=slice(None)):
+    return {name: reference[name][rows] for name in ("input_ids", "pixel_values", "attention_mask")}
+
+
+def generated(model, inputs, **options):
+    """All steps at once: (B, steps)."""
+    options = {"eos_ids": (), "max_new_tokens": 24} | options
+    return torch.stack(list(model.generate(**inputs, **options)), 1)
+
+
+def frequencies(temperature=1.0, top_k=None, top_p=None, draws=20000):
+    random = torch.Generator().manual_seed(0)
+    tokens = sample(LOGITS.expand(draws, -1), temperature, top_k, top_p, random)
+    return tokens.bincount(minlength=LOGITS.shape[1]) / draws
+
+
+# Choosing a token
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_draws_follow_the_tempered_softmax(temperature):
+    expected = (LOGITS[0] / temperature).softmax(-1)
+    assert (frequencies(temperature) - expected).abs().max() < 0.015
+
+
+# The probabilities sum up to 0.559, 0.765, 0.890, 0.966, 0.994 …; the token that reaches top_p is still in.
+KEPT = [
+    (dict(top_k=1), 1),
+    (dict(top_k=2), 2),
+    (dict(top_k=4), 4),
+    (dict(top_k=100), 6),
+    (dict(top_p=1e-6), 1),
+    (dict(top_p=0.55), 1),
+    (dict(top_p=0.57), 2),
+    (dict(top_p=0.8), 3),
+    (dict(top_p=0.95), 4),
+    (dict(top_p=1.0), 6),
+    (dict(top_p=0.6, temperature=0.5), 1),  # temperature first: the likeliest has 0.82 by then
+    (dict(top_p=0.6, temperature=4.0), 4),  # and here 0.27
+    (dict(top_p=0.7, top_k=2), 1),  # then top-k: 0.731 of the two that are left
+]
+
+
+@pytest.mark.parametrize("options, kept", KEPT)
+def test_top_k_and_top_p(options, kept):
+    expected = (LOGITS[0] / options.get("temperature", 1)).softmax(-1)
+    expected[kept:] = 0
+    found = frequencies(**options)
+    assert (found - expected / expected.sum()).abs().max() < 0.015
+    assert not found[kept:].any()
+
+
+def test_each_row_draws_for_itself_whatever_the_order_of_its_logits():
+    logits = torch.stack([LOGITS[0], LOGITS[0].flip(0)]).repeat(50, 1)
+    for options in (dict(top_k=2, top_p=None), dict(top_k=None, top_p=0.6)):
+        tokens = sample(logits, 1.0, random=torch.Generator().manual_seed(0), **options).view(-1, 2)
+        assert set(tokens[:, 0].tolist()) == {0, 1} and set(tokens[:, 1].tolist()) == {4, 5}
+
+
+@pytest.mark.parametrize("options", [dict(temperature=0.0, top_k=7), dict(top_k=1), dict(top_p=1e-6)])
+def test_options_that_amount_to_greedy(options):
+    model, reference = load("llava")
+    tokens = generated(model, prompt(reference), **{"temperature": 1.0} | options)
+    assert torch.equal(tokens, reference["tokens"][:, :24])
+
+
+def test_seed():
+    model, reference = load("llava")
+    one, same, other = (generated(model, prompt(reference), temperature=1.0, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    generated(model, prompt(reference), temperature=1.0, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)  # a seed of one's own leaves the global one alone
+
+
+# Stopping
+
+
+def stopped(tokens, eos_ids, pad_id):
+    """What should come of greedy tokens when eos_ids end a row, written out row by row."""
+    ends = [next((i for i, token in enumerate(row) if token in eos_ids), len(row) - 1) for row in tokens.tolist()]
+    rows = [row[: end + 1].tolist() + [pad_id] * (max(ends) - end) for row, end in zip(tokens, ends)]
+    return torch.tensor(rows)
+
+
+@pytest.mark.parametrize("row", [0, 1, 2])
+@pytest.mark.parametrize("step", [0, 5])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_row_ends_at_eos_and_the_others_go_on(family, row, step):
+    model, reference = load(family)
+    tokens, eos_ids = reference["tokens"], (int(reference["tokens"][row, step]),)
+    expected = stopped(tokens, eos_ids, model.config.pad_id)
+    assert (expected[row, step + 1 :] == model.config.pad_id).all()
+    assert torch.equal(generated(model, prompt(reference), eos_ids=eos_ids, max_new_tokens=64), expected)
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_batch_ends_when_every_row_has(step):
+    model, reference = load("llava")
+    eos_ids = tuple(reference["tokens"][:, step].tolist())
+    tokens = generated(model, prompt(reference), eos_ids=eos_ids, max_new_tokens=64)
+    assert tokens.shape[1] <= step + 1
+    assert torch.equal(tokens, stopped(reference["tokens"], eos_ids, model.config.pad_id))
+
+
+def test_eos_of_the_checkpoint_is_the_default():
+    model, reference = load("llava")
+    assert model.config.eos_ids == (2,)
+    model.config.eos_ids = (int(reference["tokens"][0, 4]),)
+    tokens = generated(model, prompt(reference), eos_ids=None, max_new_tokens=64)
+    assert torch.equal(tokens, stopped(reference["tokens"], model.config.eos_ids, model.config.pad_id))
+
+
+def test_max_new_tokens():
+    model, reference = load("llava")
+    assert torch.equal(generated(model, prompt(reference), max_new_tokens=3), reference["tokens"][:, :3])
+
+
+def test_ends_where_the_context_is_full():
+    model, reference = load("llava")
+    T = reference["input_ids"].shape[1]
+    model.config.text.max_position_embeddings = T + 5
+    assert torch.equal(generated(model, prompt(reference)), reference["tokens"][:, :5])
+
+
+# How much is computed
+
+
+def count_calls(module, calls):
+    module.register_forward_pre_hook(lambda module, args: calls.append(args[0].shape))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pictures_are_encoded_once_and_no_deeper_than_read(family):
+    model, reference = load(family)
+    tower, blocks = [], []
+    count_calls(model.vision_tower, tower)
+    for block in model.vision_tower.layers:
+        count_calls(block, blocks)
+    generated(model, prompt(reference))
+    assert len(tower) == 1
+    assert len(blocks) == len(model.vision_tower.layers) - 1  # layer −2: all but the last
+    model.vision_tower(reference["pixel_values"], [1, 0])
+    assert len(blocks) == len(model.vision_tower.layers)  # one more
+
+
+def test_logits_of_one_position_only():
+    model, reference = load("llava")
+    heads, blocks = [], []
+    count_calls(model.language_model.lm_head, heads)
+    count_calls(model.language_model.layers[0], blocks)
+    generated(model, prompt(reference), max_new_tokens=4)
+    (B, T), D = reference["input_ids"].shape, model.config.text.hidden_size
+    assert [shape.numel() for shape in heads] == [B * D] * 4
+    assert blocks == [(B, T, D)] + [(B, 1, D)] * 3
+
+
+# Errors, at the call: nothing here is iterated
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(max_new_tokens=0), "max_new_tokens is 0"),
+        (dict(temperature=-0.1), "temperature is -0.1"),
+        (dict(temperature=1.0, top_k=0), "top_k is 0"),
+        (dict(temperature=1.0, top_p=0.0), "top_p is 0.0"),
+        (dict(temperature=1.0, top_p=1.5), "top_p is 1.5"),
+        (dict(pixel_values=None), "12 <image> tokens for 0 pictures"),
+        (dict(attention_mask=torch.ones(3, 2)), r"attention_mask is \(3, 2\)"),
+    ],
+)
+def test_bad_arguments(options, message):
+    model, reference = load("llava")
+    with pytest.raises(ValueError, match=message):
+        model.generate(**prompt(reference) | options)
+
+
+@pytest.mark.parametrize(
+    "ids, message",
+    [
+        (torch.tensor([[96]]), "from 96 to 96; the vocabulary has 96"),
+        (torch.tensor([[5, -1]]), "from -1 to 5; the vocabulary has 96"),
+        (torch.ones(1, 0, dtype=torch.long), "at least one token"),
+        (torch.tensor([5]), r"\(B, T\)"),
+    ],
+)
+def test_bad_ids(ids, message):
+    with pytest.raises(ValueError, match=message):
+        load("llava")[0].generate(ids)
+
+
+@pytest.mark.parametrize("images, pictures", [(1, 2), (2, 1), (0, 1), (3, 1), (5, 1)])
+def test_images_and_pictures_must_match(images, pictures):
+    model, reference = load("llava")
+    ids = torch.tensor([[1, 5] + [model.config.image_id] * images + [6]])
+    with pytest.raises(ValueError, match=f"{images} <image> tokens for {pictures} picture"):
+        model.generate(ids, reference["pixel_values"][:pictures])
+
+
+def test_too_long_a_prompt():
+    model, reference = load("llava")
+    limit, P = model.config.text.max_position_embeddings, model.config.features_per_image
+    ids = torch.ones(1, limit + 1, dtype=torch.long)
+    with pytest.raises(ValueError, match=f"{limit + 1} tokens do not fit .* {limit}"):
+        model.generate(ids)
+    with pytest.raises(ValueError, match=f"{limit + 1} tokens do not fit .* {limit}"):
+        model(ids)
+    with pytest.raises(ValueError, match=f"{limit} tokens leaves no room"):
+        model.generate(ids[:, 1:])
+    ids[0, 3] = model.config.image_id  # counted after its expansion
+    with pytest.raises(ValueError, match=f"{limit + P} tokens do not fit .* {limit}"):
+        model.generate(ids, reference["pixel_values"][:1])
+    cache = KVCache(model.config.text, 1, 20)
+    model(ids[:, 4:16], cache=cache)
+    with pytest.raises(ValueError, match="9 tokens after 12 in the cache do not fit .* 20"):
+        model.generate(ids[:, 4:13], cache=cache)
+
+
+# The cache
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_going_on_through_a_given_cache(family):
+    model, reference = load(family)
+    mask, tokens = reference["attention_mask"], reference["tokens"]
+    (B, T), steps = mask.shape, 4
+    cache = KVCache(model.config.text, B, T + 30)
+    answer = generated(model, prompt(reference), max_new_tokens=steps, cache=cache)
+    assert int(cache.length) == T + steps - 1  # the last token is not in the cache yet
+    question = torch.tensor([[7, 8, 9], [20, 21, 22], [11, 3, 5]])
+    # Row 1 asks less: the padding is in the middle of its slots, after its first answer.
+    new, new_mask = torch.cat([answer[:, -1:], question], 1), torch.ones(B, 4, dtype=torch.long)
+    new[1], new_mask[1] = torch.tensor([0, 0, *answer[1, -1:], 20]), torch.tensor([0, 0, 1, 1])
+    second = generated(model, dict(input_ids=new, attention_mask=new_mask), max_new_tokens=8, cache=cache)
+
+    whole = torch.cat([reference["input_ids"], tokens[:, : steps - 1], new], 1)
+    whole_mask = torch.cat([mask, torch.ones(B, steps - 1, dtype=torch.long), new_mask], 1)
+    inputs = dict(input_ids=whole, pixel_values=reference["pixel_values"], attention_mask=whole_mask)
+    assert torch.equal(second, generated(model, inputs, max_new_tokens=8))
+    real = whole_mask[1].bool()
+    alone = dict(input_ids=whole[1:2, real], pixel_values=reference["pixel_values"][:1])
+    if model.config.text.sliding_window is None:  # padding in the middle counts as distance for a window
+        assert torch.equal(second[1:2], generated(model, alone, max_new_tokens=8))
+
+
+def test_truncate_then_go_on():
+    model, reference = load("bakllava")
+    ids, other = reference["text_ids"], torch.tensor([[7, 8, 9, 10]])
+    cache = KVCache(model.config.text, 1, 20)
+    expected = model(torch.cat([ids, other], 1)).logits[:, ids.shape[1] :]
+    model(torch.cat([ids, other.flip(1)], 1), cache=cache)
+    cache.truncate(ids.shape[1])
+    assert int(cache.length) == ids.shape[1] and int(cache.real.sum()) == ids.shape[1]
+    assert relative(model(other, cache=cache).logits, expected) <= TOLERANCE
+
+
+def test_grow_then_go_on():
+    model, reference = load("bakllava")
+    ids = reference["text_ids"]
+    cache = KVCache(model.config.text, 1, ids.shape[1])
+    model(ids, cache=cache)
+    with pytest.raises(ValueError, match="1 tokens after 3 in the cache do not fit the cache's max_length of 3"):
+        model(ids[:, :1], cache=cache)
+    cache.grow(ids.shape[1] + 10)
+    assert cache.max_length == ids.shape[1] + 10 and int(cache.length) == ids.shape[1]
+    first = reference["text_tokens"][:, :1]
+    tokens = generated(model, dict(input_ids=first), max_new_tokens=9, cache=cache)
+    assert torch.equal(tokens, reference["text_tokens"][:, 1:10])
+
+
+def test_cache_says_which_slots_and_positions():
+    model, _ = load("llava")
+    cache = KVCache(model.config.text, 2, 6)
+    slots, positions = cache.take(torch.tensor([[False, True, True], [True, True, True]]))
+    assert slots.tolist() == [0, 1, 2] and positions.tolist() == [[0, 0, 1], [0, 1, 2]]
+    slots, positions = cache.take(torch.tensor([[True], [False]]))
+    assert slots.tolist() == [3] and positions.tolist()[0] == [2]
+    assert cache.real.int().tolist() == [[0, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0]]

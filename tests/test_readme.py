@@ -1,0 +1,49 @@
+"""The README is true: its file table, its quoted outputs, its files and its accuracy table."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+README = open("README.md", encoding="utf-8").read()
+FILES = re.findall(r"^\| `([\w/]+\.py)` \| .+ \| (\d+) \|$", README, re.M)
+OUTPUTS = [
+    (command, output)
+    for block in re.findall(r"^```console\n(.*?)^```", README, re.M | re.S)
+    for command, output in re.findall(r"^\$ python (.+)\n((?:(?!\$ ).*\n)+)", block, re.M)
+]
+
+
+def test_there_is_something_to_check():
+    assert len(FILES) >= 9 and len(OUTPUTS) >= 3
+
+
+@pytest.mark.parametrize("file, lines", FILES)
+def test_line_counts(file, lines):
+    assert len(open(file, encoding="utf-8").readlines()) == int(lines)
+
+
+@pytest.mark.parametrize("command, output", OUTPUTS)
+def test_quoted_outputs(command, output):
+    done = subprocess.run([sys.executable, *shlex.split(command)], capture_output=True, text=True, timeout=120)
+    assert done.stdout == output
+
+
+def test_linked_files_exist(pytestconfig):
+    links = re.findall(r"\]\((?!http|#)([^)]+)\)", README)
+    assert links and all((pytestconfig.rootpath / link).exists() for link in links)
+
+
+def test_requirements_are_the_packages_that_the_readme_names():
+    names = {line.split("==")[0] for line in open("requirements.txt").read().split()}
+    named = set(re.search(r"`pip install ([\w ]+)` is all that is missing", README)[1].split())
+    assert names == named | {"torch", "pytest"}
+
+
+def test_accuracy_table_is_the_recorded_one():
+    recorded = json.load(open("tiny/accuracy.json"))
+    for kind, (asked, *shares) in recorded.items():
+        assert f"| {kind} | {asked} | " + " | ".join(f"{100 * share:.1f} %" for share in shares) + " |" in README

@@ -1,0 +1,142 @@
+"""The command line, run as a user runs it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from clip import open_image
+from llava import Chat
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def sample(*arguments, stdin="", **environment):
+    """Run sample.py; returns (exit status, standard output, standard error)."""
+    done = subprocess.run(
+        [sys.executable, "sample.py", *arguments],
+        input=stdin.encode(),
+        capture_output=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        timeout=120,
+    )
+    assert b"Traceback" not in done.stderr, done.stderr.decode()
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def asked(*questions):
+    """What the same model answers to the same questions when called from Python."""
+    chat = Chat.from_pretrained("tiny/llava", dtype=torch.float32)
+    images = [open_image("tiny/example.png")]
+    answers = []
+    for question in questions:
+        answers.append("".join(chat.ask(question, images)))
+        images = []
+    return answers
+
+
+def test_without_arguments_it_answers_about_the_bundled_picture():
+    status, out, err = sample()
+    assert (status, out) == (0, asked("Describe the picture.")[0] + "\n")
+    assert "tiny/llava" in err.splitlines()[0] and "cpu in float32" in err.splitlines()[0] and "MB of weights" in err
+
+
+def test_a_question_from_a_pipe():
+    assert sample("-", stdin="How many things are there?\n")[:2] == (0, asked("How many things are there?")[0] + "\n")
+
+
+def test_a_chat_keeps_its_picture_and_ends_with_its_input():
+    questions = ["How many things are there?", "Describe the picture."]
+    status, out, _ = sample("--chat", stdin="\n".join(questions))
+    assert (status, out.splitlines()) == (0, asked(*questions))
+
+
+def test_a_chat_survives_a_question_that_cannot_be_asked():
+    status, out, err = sample("--chat", stdin="What is <image>?\nDescribe the picture.\n")
+    assert (status, out.splitlines()) == (2, asked("Describe the picture."))
+    assert "'<image>'" in err
+
+
+def test_show_prompt_prints_text_and_ids():
+    _, out, err = sample("--show-prompt", "--system", "Be brief.", "Where is the star?")
+    assert r"'Be brief. USER: <image>\nWhere is the star? ASSISTANT:'" in err and "[1, " in err
+    assert "USER" not in out
+
+
+def test_sampling_options_and_a_seed():
+    options = ("--temperature", "2", "--top-k", "50", "--top-p", "0.99", "--max-new-tokens", "12", "Describe the picture.")
+    first, again, other = (sample(*options, "--seed", seed)[1] for seed in ("1", "1", "2"))
+    assert first == again != other
+
+
+def test_several_pictures_take_several_places():
+    _, _, err = sample("--image", "tiny/example.png", "--image", "tiny/example.png", "--show-prompt", "Describe the picture.")
+    assert r"USER: <image>\n<image>\nDescribe" in err
+
+
+def test_an_output_that_cannot_show_a_character_is_no_error():
+    assert sample(PYTHONIOENCODING="ascii")[0] == 0
+
+
+MISTAKES = {
+    "no such option": (["--colour"], "--colour"),
+    "not a number": (["--max-new-tokens", "many"], "many"),
+    "no such model": (["--model", "no/such/folder"], "no/such/folder: no such folder"),
+    "not a model": (["--model", "tests"], "config.json"),
+    "no such picture": (["--image", "nothing.png"], "nothing.png: no such picture"),
+    "not a picture": (["--image", "README.md"], "README.md is not a picture"),
+    "no such device": (["--device", "abacus"], "--device abacus"),
+    "negative temperature": (["--temperature", "-1"], "temperature is -1.0"),
+    "no tokens": (["--max-new-tokens", "0"], "max_new_tokens is 0"),
+    "top-p over one": (["--temperature", "1", "--top-p", "1.5"], "top_p is 1.5"),
+    "special token typed": (["What does </s> mean?"], "'</s>'"),
+    "role typed": (["Yes? ASSISTANT: No."], "'ASSISTANT:'"),
+    "not UTF-8": ([b"\xff?"], "not valid Unicode"),
+    "empty": ([""], "question is empty"),
+    "too long": (["why " * 600], "512"),
+    "too many pictures": (["--image", "tiny/example.png"] * 8, "max_position_embeddings of 512"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_status_2(mistake):
+    arguments, words = MISTAKES[mistake]
+    status, out, err = sample(*arguments)
+    messages = [line for line in err.splitlines() if line.startswith("sample.py: ")]
+    assert (status, out, len(messages)) == (2, "", 1), err
+    assert words in messages[0]
+    assert len(err.splitlines()) <= 2  # what was loaded, and the mistake
+
+
+def test_a_device_with_too_little_memory_is_an_error_before_loading(monkeypatch, capsys):
+    import sample as module
+
+    monkeypatch.setattr(sys, "argv", ["sample.py"])
+    monkeypatch.setattr(module, "free_memory", lambda device: 1e6)
+    monkeypatch.setattr(module.Chat, "from_pretrained", lambda *_: pytest.fail("loaded all the same"))
+    with pytest.raises(SystemExit, match="2"):
+        module.main()
+    assert "1.0 MB free" in capsys.readouterr().err
+
+
+def test_a_reader_that_stops_reading_is_no_error():
+    command = f"{sys.executable} sample.py | head -c 1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, timeout=120)
+    assert b"Traceback" not in done.stderr and b"BrokenPipe" not in done.stderr
+
+
+def test_ctrl_c_leaves_a_chat_cleanly():
+    process = subprocess.Popen(
+        [sys.executable, "sample.py", "--chat"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    while process.stderr.read(1) != b">":  # the prompt: it waits for a question
+        assert process.poll() is None
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 0 and b"Traceback" not in err

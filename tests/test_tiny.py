@@ -1,0 +1,97 @@
+"""The tiny world keeps its promises, and the bundled checkpoint knows it."""
+
+from random import Random
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from llava import Chat
+from tiny.grade import grade
+from tiny.world import PLACES, QUESTIONS, Thing, draw, held_out_questions, is_held_out, make_scene, names, write
+
+
+def test_training_and_held_out_scenes_never_meet():
+    train = [make_scene(Random(n)) for n in range(2000)]
+    held_out = [make_scene(Random(n), held_out=True) for n in range(2000)]
+    assert not any(map(is_held_out, train)) and all(map(is_held_out, held_out))
+    assert not {tuple(scene) for scene in train} & {tuple(scene) for scene in held_out}
+
+
+def test_the_same_seed_gives_the_same_data(tmp_path):
+    for name in ("a", "b"):
+        write(tmp_path / name, 6, seed=3)
+    a, b = (sorted(p for p in (tmp_path / name).rglob("*") if p.is_file()) for name in ("a", "b"))
+    assert len(a) == 8 and [p.read_bytes() for p in a] == [p.read_bytes() for p in b]
+
+
+def test_a_name_fits_one_thing_only():
+    for n in range(300):
+        scene = make_scene(Random(n))
+        for thing in scene:
+            for name in names(thing, scene):
+                words = set(name.replace(" thing", "").split())
+                assert [t for t in scene if words <= {t.size, t.colour, t.kind}] == [thing]
+
+
+def test_things_lie_where_the_words_say():
+    """Measured on the pixels: the centre of what differs from the ground is in the cell that is named."""
+    for cell in range(9):
+        for size in ("small", "large"):
+            picture = draw([Thing(size, "black", "circle", cell)], Random(cell))
+            pixels = torch.tensor(list(picture.convert("L").get_flattened_data())).reshape(112, 112)
+            rows, columns = torch.nonzero(pixels < 128, as_tuple=True)
+            assert (rows.float().mean() // (112 / 3), columns.float().mean() // (112 / 3)) == divmod(cell, 3), PLACES[cell]
+
+
+SCENE = [Thing("large", "red", "star", 0), Thing("small", "red", "ring", 4), Thing("small", "blue", "star", 5)]
+
+
+@pytest.mark.parametrize(
+    "kind, answers",
+    [
+        ("describe", {"A large red star at the top left, a small red ring in the centre and a small blue star on the right."}),
+        ("count all", {"Three."}),
+        ("colour of", {"Red.", "Blue."}),
+        ("where is", {"At the top left.", "In the centre.", "On the right."}),
+        ("what is at", {"A large red star.", "A small red ring.", "A small blue star.", "Nothing."}),
+    ],
+)
+def test_answers_fit_the_scene(kind, answers):
+    assert {QUESTIONS[kind](SCENE, Random(n))[1] for n in range(200)} == answers
+
+
+def test_relations_and_counts_are_true():
+    turns = {QUESTIONS[kind](SCENE, Random(n)) for kind in ("which side", "count a kind", "both", "is there") for n in range(3000)}
+    for expected in (
+        ("Is the ring left or right of the large star?", "Right."),
+        ("Is the blue thing above or below the large star?", "Below."),
+        ("How many stars are there?", "Two."),
+        ("How many red things are there?", "Two."),
+        ("How many crosses are there?", "None."),
+        ("Is there a blue star?", "Yes."),
+        ("Is there a large ring?", "No."),
+        ("Are the ring and the large star both red?", "Yes."),
+        ("Are the ring and the blue star both small?", "Yes."),
+    ):
+        assert expected in turns, expected
+
+
+def test_every_kind_of_question_is_asked_alike():
+    kinds = [kind for kind, *_ in held_out_questions(200, seed=1)]
+    assert {kinds.count(kind) for kind in QUESTIONS} == {20}
+
+
+def test_the_bundled_checkpoint_is_small_and_16_bit(pytestconfig):
+    folder = pytestconfig.rootpath / "tiny" / "llava"
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 8e6
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F16"}
+
+
+def test_the_bundled_checkpoint_sees():
+    """A sample of what `python -m tiny.grade` measures in full."""
+    table = grade(Chat.from_pretrained("tiny/llava", dtype=torch.float32), count=200, seed=2)
+    right, blind = (sum(row[0] * row[k] for row in table.values()) / 200 for k in (1, 2))
+    assert right >= 0.95
+    assert blind <= 0.45

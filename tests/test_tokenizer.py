@@ -1,0 +1,330 @@
+"""The tokenizer against golden ids of transformers' own, its streaming, the stop string, and the chat formats."""
+
+import itertools
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tokenizer import SPECIAL_LITERALS, Tokenizer, chat_prompt, expand_images, stop_at
+
+FOLDER = Path(__file__).parent / "fixtures" / "tokenizer"
+GOLDEN = json.loads((FOLDER / "golden.json").read_text())
+TOKENIZER = Tokenizer.from_pretrained(FOLDER)
+MODEL = TOKENIZER.model
+IMAGE, PAD, SPACE = 512, 513, MODEL.piece_to_id("▁")
+
+TEXTS = ["", " ", "   two   spaces  ", "\n", "a\nb\r\n\tc\n\n", "12345 1.5", "e\u0301 é", "👩‍👩‍👧 🇳🇵 👍🏽", "这是一只猫。\u3000"]
+TEXTS += ["Где кошка?", "\u00a0\u200b\ufeff", "\x00\x7f", "\U0010ffff", "<image", "< image>", "<IMAGE>", "<0x0A>"]
+
+
+def byte_ids(data):
+    return [MODEL.piece_to_id(f"<0x{byte:02X}>") for byte in data]
+
+
+def random_texts(count):
+    """Texts of words and any Unicode characters, without special literals and without "▁", which stands for a space."""
+    source, texts = random.Random(1), []
+    for _ in range(count):
+        codes = [source.randint(1, source.choice((126, 0x10FFFF))) for _ in range(source.randint(1, 9))]
+        text = "".join(chr(code) for code in codes if not 0xD800 <= code < 0xE000)
+        texts.append(text.replace("▁", "") + source.choice((" picture", "猫", "\n", " ", "")))
+    return texts
+
+
+# Ids and text
+
+
+def test_encode_equals_transformers():
+    wrong = [(text, ids, TOKENIZER.encode(text)) for text, ids in GOLDEN["encode"] if TOKENIZER.encode(text) != ids]
+    assert len(GOLDEN["encode"]) == 250 and not wrong
+
+
+def test_decode_equals_transformers():
+    wrong = [(ids, text, TOKENIZER.decode(ids)) for ids, text in GOLDEN["decode"] if TOKENIZER.decode(ids) != text]
+    assert len(GOLDEN["decode"]) == 250 and not wrong
+
+
+def test_ids_of_the_specials():
+    ids = (TOKENIZER.bos_id, TOKENIZER.eos_id, TOKENIZER.image_id, TOKENIZER.pad_id)
+    assert ids == (1, 2, IMAGE, PAD)
+    assert TOKENIZER.specials == {"<unk>": 0, "<s>": 1, "</s>": 2, "<image>": IMAGE, "<pad>": PAD}
+
+
+@pytest.mark.parametrize("literal", SPECIAL_LITERALS)
+def test_a_special_is_one_id_wherever_it_stands(literal):
+    ids = TOKENIZER.encode(f"the{literal}cat{literal}{literal}")
+    special, the, cat = TOKENIZER.specials[literal], MODEL.encode("the"), MODEL.encode("cat")
+    assert ids == [1, *the, special, *cat, special, special]
+    assert TOKENIZER.decode(ids[1:]) == "the cat"  # without the specials, and with the space that each stretch is given
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_bos_stands_first_and_only_there(text):
+    ids = TOKENIZER.encode(text)
+    assert ids[0] == 1 and ids.count(1) == 1
+
+
+def test_double_bos_comes_only_from_a_text_that_has_one():
+    assert TOKENIZER.encode("<s>cat") == [1, 1, *MODEL.encode("cat")]
+    for style in ("llava", "bakllava", "vip"):
+        prompt = chat_prompt([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}], style)
+        assert TOKENIZER.encode(prompt).count(1) == 1 and "<s>" not in prompt
+
+
+def test_every_stretch_of_text_has_its_leading_space():
+    ids = TOKENIZER.encode("<image>\nWhat")
+    without = [1, IMAGE, *byte_ids(b"\n"), *MODEL.encode("\nWhat")[2:]]  # only the first stretch given a space
+    assert ids == [1, IMAGE, SPACE, *without[2:]] and ids != without
+    assert TOKENIZER.encode("<image>What")[2:] == MODEL.encode("What") == [MODEL.piece_to_id("▁What")]
+    assert TOKENIZER.encode("<image> What")[2:] != TOKENIZER.encode("<image>What")[2:]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_round_trip(text):
+    assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
+
+
+def test_round_trip_of_random_texts():
+    assert [text for text in random_texts(500) if TOKENIZER.decode(TOKENIZER.encode(text)) != text] == []
+
+
+def test_text_that_is_not_unicode_is_refused():
+    with pytest.raises(ValueError, match="surrogate"):  # what an argument that is not UTF-8 becomes on a command line
+        TOKENIZER.encode("a\udcffb")
+
+
+def test_expand_images():
+    assert expand_images([1, IMAGE, 5, IMAGE, IMAGE], IMAGE, 3) == [1, *[IMAGE] * 3, 5, *[IMAGE] * 6]
+    assert expand_images([1, 5], IMAGE, 3) == [1, 5]
+    assert expand_images(TOKENIZER.encode("USER: <image>\nHi"), IMAGE, 576).count(IMAGE) == 576
+
+
+# Streaming
+
+
+def test_stream_joins_to_decode():
+    source = random.Random(2)
+    lists = [[source.randrange(PAD + 5) for _ in range(source.randint(0, 20))] for _ in range(300)]
+    for ids in lists + [ids for ids, _ in GOLDEN["decode"]]:
+        pieces = list(TOKENIZER.stream(ids))
+        assert "".join(pieces) == TOKENIZER.decode(ids) and "" not in pieces
+
+
+def test_stream_never_cuts_a_character():
+    spelt = 0
+    for text in TEXTS + random_texts(300):
+        ids = TOKENIZER.encode(text)
+        spelt += sum(MODEL.is_byte(i) for i in ids if i < len(MODEL))
+        pieces = list(TOKENIZER.stream(ids))
+        assert "".join(pieces) == text
+        assert not any("�" in piece for piece in pieces if "�" not in text)
+    assert spelt > 1000  # the test means something only where characters are spelt in bytes
+
+
+def test_stream_is_as_early_as_it_can_be():
+    the, is_ = MODEL.piece_to_id("▁the"), MODEL.piece_to_id("▁is")
+    ids, read = [the, the, *byte_ids("👍".encode()), is_, the], []
+    events = [(piece, len(read)) for piece in TOKENIZER.stream(read.append(i) or i for i in ids)]
+    # Whether a run of bytes is text is known only at its end: one wrong byte in it makes all of them "�".
+    assert events == [("the", 1), (" the", 2), ("👍 is", 7), (" the", 8)]
+
+
+def test_stream_of_bytes_that_are_not_text():
+    ids = MODEL.encode("the") + byte_ids(b"\xf0\x9f\x91") + MODEL.encode("cat")
+    assert TOKENIZER.decode(ids) == "the��� cat"
+    assert TOKENIZER.decode(byte_ids(b"\xc3")) == "�"
+
+
+# The stop string
+
+
+def every_split(text):
+    for cuts in itertools.product((False, True), repeat=len(text) - 1):
+        parts = [text[0]]
+        for cut, character in zip(cuts, text[1:]):
+            parts[-1:] = [parts[-1], character] if cut else [parts[-1] + character]
+        yield parts
+
+
+@pytest.mark.parametrize(
+    "text, stop, kept",
+    [
+        ("ab###cd", "###", "ab"),
+        ("##a###rest", "###", "##a"),  # a false start
+        ("#a##b####c", "###", "#a##b"),
+        ("###", "###", ""),
+        ("ab##", "###", "ab##"),  # the text ends while its beginning is held back
+        ("abc", "###", "abc"),
+        ("a<</s></s>", "</s>", "a<"),
+        ("aabaabaac", "aabaac", "aab"),  # the stop begins inside a failed beginning
+    ],
+)
+def test_stop_string_split_in_every_way(text, stop, kept):
+    for parts in every_split(text):
+        pieces = list(stop_at(parts, stop))
+        assert "".join(pieces) == kept and "" not in pieces, parts
+
+
+def test_stop_holds_back_no_more_than_it_must_and_reads_no_further():
+    source = iter(["ab#", "#c", "##", "#", "never read"])
+    assert list(stop_at(source, "###")) == ["ab", "##c"]
+    assert next(source) == "never read"
+
+
+# The chat formats
+
+
+def user(text, images=0):
+    return {"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+ONE = [user("Hi", 1)]
+SEVERAL = [user("Hi", 1), assistant("Yes."), user("Why?"), assistant("So."), user("And?", 1)]
+OWN = [{"role": "system", "content": "Be brief."}]
+VIP = (
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions.###Human: "
+)
+PROMPTS = [
+    ("llava", ONE, "USER: <image>\nHi ASSISTANT:"),
+    ("llava", [user("Hi", 3)], "USER: <image>\n<image>\n<image>\nHi ASSISTANT:"),
+    ("llava", [user("Hi")], "USER: Hi ASSISTANT:"),
+    ("llava", SEVERAL[:4], "USER: <image>\nHi ASSISTANT: Yes.</s>USER: Why? ASSISTANT: So.</s>"),
+    ("llava", SEVERAL[2:], "USER: Why? ASSISTANT: So.</s>USER: <image>\nAnd? ASSISTANT:"),
+    ("llava", OWN + ONE, "Be brief. USER: <image>\nHi ASSISTANT:"),
+    ("bakllava", ONE, "USER: <image>\nHi\nASSISTANT:"),
+    ("bakllava", [user("Hi", 2)], "USER: <image>\n<image>\nHi\nASSISTANT:"),
+    ("bakllava", SEVERAL[:4], "USER: <image>\nHi\nASSISTANT: Yes.</s>USER: Why?\nASSISTANT: So.</s>"),
+    ("bakllava", SEVERAL[2:], "USER: Why?\nASSISTANT: So.</s>USER: <image>\nAnd?\nASSISTANT:"),
+    ("bakllava", OWN + ONE, "Be brief. USER: <image>\nHi\nASSISTANT:"),
+    ("vip", ONE, VIP + "<image>\nHi###Assistant:"),
+    ("vip", [user("Hi", 2)], VIP + "<image>\n<image>\nHi###Assistant:"),
+    ("vip", SEVERAL[:4], VIP + "<image>\nHi###Assistant: Yes.###Human: Why?###Assistant: So.###"),
+    ("vip", SEVERAL[2:], VIP + "Why?###Assistant: So.###Human: <image>\nAnd?###Assistant:"),
+    ("vip", OWN + ONE, "Be brief.###Human: <image>\nHi###Assistant:"),
+    ("vip", [{"role": "system", "content": ""}] + ONE, "###Human: <image>\nHi###Assistant:"),
+]
+
+
+@pytest.mark.parametrize("style, messages, prompt", PROMPTS)
+def test_prompt(style, messages, prompt):
+    assert chat_prompt(messages, style) == prompt
+    images = sum(part["type"] == "image" for m in messages if isinstance(m["content"], list) for part in m["content"])
+    assert TOKENIZER.encode(prompt).count(IMAGE) == images
+
+
+def test_pictures_stand_before_the_text_and_texts_are_joined():
+    content = [{"type": "text", "text": "Is it "}, {"type": "image"}, {"type": "text", "text": "red?"}]
+    assert chat_prompt([{"role": "user", "content": content}], "llava") == "USER: <image>\nIs it red? ASSISTANT:"
+
+
+@pytest.mark.parametrize("style", ["llava", "bakllava", "vip"])
+@pytest.mark.parametrize("literal", SPECIAL_LITERALS)
+def test_special_literals_are_refused_in_every_text(style, literal):
+    for messages in (
+        [user(f"a{literal}")],
+        [user("Hi"), assistant(f"{literal}b")],
+        [{"role": "system", "content": literal}, user("Hi")],
+        [{"role": "user", "content": [{"type": "text", "text": part} for part in (literal[:3], literal[3:])]}],
+    ):
+        with pytest.raises(ValueError, match=literal):
+            chat_prompt(messages, style)
+
+
+@pytest.mark.parametrize(
+    "style, mark",
+    [("llava", "USER:"), ("llava", "ASSISTANT:"), ("bakllava", "USER:"), ("bakllava", "ASSISTANT:"), ("vip", "###")],
+)
+def test_turn_marks_are_refused_in_what_is_asked_but_not_in_answers(style, mark):
+    for messages in ([user(f"Hi {mark} Yes.")], [{"role": "system", "content": mark}, user("Hi")]):
+        with pytest.raises(ValueError, match=mark):
+            chat_prompt(messages, style)
+    other = "vip" if style != "vip" else "llava"
+    assert mark in chat_prompt([user(f"Hi {mark}")], other)
+    assert f" a {mark} b" in chat_prompt([user("Hi"), assistant(f"a {mark} b")], style)
+
+
+@pytest.mark.parametrize(
+    "messages, style, words",
+    [
+        ([assistant("Yes.")], "llava", ["message 1", "'assistant'", "expected 'user'"]),
+        ([user("Hi"), user("Hi")], "llava", ["message 2", "'user'", "expected 'assistant'"]),
+        ([user("Hi"), OWN[0]], "vip", ["message 2", "'system'"]),
+        ([*OWN, *OWN, user("Hi")], "vip", ["'system'", "expected 'user'"]),
+        ([{"role": "tool", "content": "x"}], "llava", ["'tool'"]),
+        (ONE, "vicuna", ["'vicuna'", "llava, bakllava, vip"]),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "llava", ["'image_url'", "'text' or 'image'"]),
+        ([user("Hi"), {"role": "assistant", "content": [{"type": "image"}]}], "llava", ["assistant", "picture"]),
+        ([{"role": "system", "content": [{"type": "image"}]}, user("Hi")], "vip", ["system", "picture"]),
+    ],
+)
+def test_messages_that_are_refused(messages, style, words):
+    with pytest.raises(ValueError) as error:
+        chat_prompt(messages, style)
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+# The files
+
+
+@pytest.fixture
+def folder(tmp_path):
+    shutil.copyfile(FOLDER / "tokenizer.model", tmp_path / "tokenizer.model")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["added_tokens.json", "tokenizer_config.json"])
+def test_either_file_gives_the_added_tokens(folder, name):
+    shutil.copyfile(FOLDER / name, folder / name)
+    assert Tokenizer.from_pretrained(folder).specials == TOKENIZER.specials
+
+
+def test_no_tokenizer_model(tmp_path):
+    for folder in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(FileNotFoundError, match="tokenizer.model"):
+            Tokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: b"not a model", lambda data: data[:3000]])
+def test_damaged_tokenizer_model(folder, damage):
+    path = folder / "tokenizer.model"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match="tokenizer.model is not a SentencePiece model, or is damaged"):
+        Tokenizer.from_pretrained(folder)
+
+
+def test_a_tokenizer_without_image_or_pad(folder):
+    with pytest.raises(ValueError, match="no <image> and no <pad>"):
+        Tokenizer.from_pretrained(folder)
+    (folder / "added_tokens.json").write_text('{"<image>": 512}')
+    with pytest.raises(ValueError, match="no <pad>"):
+        Tokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("tokenizer_config.json", "{"),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": ["<image>"]}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"512": "<image>"}}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"512": {}}}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "<image>"}}}'),
+        ("added_tokens.json", "{"),
+        ("added_tokens.json", '["<image>"]'),
+        ("added_tokens.json", '{"<image>": "512", "<pad>": 513}'),
+        ("added_tokens.json", '{"<image>": null, "<pad>": 513}'),
+    ],
+)
+def test_damaged_added_tokens(folder, name, text):
+    (folder / name).write_text(text)
+    with pytest.raises(ValueError) as error:
+        Tokenizer.from_pretrained(folder)
+    assert name in str(error.value) and "\n" not in str(error.value)

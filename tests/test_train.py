@@ -1,0 +1,154 @@
+"""Training: what is learnt, what stays frozen, and that a killed run ends as if it had not been killed."""
+
+import json
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import train
+from clip import ImageProcessor
+from llava import Llava
+from tiny.world import write
+from tokenizer import Tokenizer, chat_prompt
+
+TINY = "tiny/llava"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write(folder, 24, seed=5)
+    return folder
+
+
+def run(monkeypatch, data, out, *options, stage=2, model=TINY):
+    command = f"train.py --stage {stage} --model {model} --data {data}/instruct.json --images {data} --out {out} --batch-size 4"
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--lr", "1e-3", *options])
+    train.main()
+
+
+def record(*values):
+    speakers = ["human", "gpt"] * len(values)
+    return {"id": "x", "image": "x.png", "conversations": [{"from": s, "value": v} for s, v in zip(speakers, values)]}
+
+
+def test_labels_are_the_assistants_words_and_the_end_mark():
+    tokenizer = Tokenizer.from_pretrained(TINY)
+    said = ("<image>\nWhere is the star?", "At the top.", "What colour is it?", "Red.")
+    ids, labels = train.encode_conversation(record(*said), tokenizer, "llava")
+    assert tokenizer.decode([i for i in labels if i != train.IGNORED]) == "At the top. Red."
+    assert [i for i in labels if i == tokenizer.eos_id] == [tokenizer.eos_id] * 2
+    assert all(label in (train.IGNORED, i) for i, label in zip(ids, labels, strict=True))
+    assert labels[ids.index(tokenizer.image_id)] == train.IGNORED
+
+
+@pytest.mark.parametrize("style", ["llava", "bakllava"])
+def test_a_conversation_is_encoded_as_it_will_be_read(style):
+    tokenizer = Tokenizer.from_pretrained(TINY)
+    said = ("<image>\nWhere is the star?", "At the top.", "What colour is it?", "Red.")
+    parts = [{"type": "image"}, {"type": "text", "text": "Where is the star?"}]
+    messages = [{"role": "user", "content": parts}] + [
+        {"role": role, "content": text} for role, text in zip(("assistant", "user", "assistant"), said[1:])
+    ]
+    ids, _ = train.encode_conversation(record(*said), tokenizer, style)
+    assert ids == tokenizer.encode(chat_prompt(messages, style))
+
+
+@pytest.mark.parametrize(
+    "bad", [record(), record("<image>\nHi"), record("<image>\nHi</s>", "Yes."), {"id": "x", "conversations": [{"from": "gpt", "value": "Hi"}]}]
+)
+def test_a_record_that_is_no_conversation_is_an_error(bad):
+    with pytest.raises(ValueError):
+        train.encode_conversation(bad, Tokenizer.from_pretrained(TINY), "llava")
+
+
+def test_records_that_cannot_be_used_are_left_out_and_counted(tmp_path, capsys):
+    good, without_answer = record("<image>\nHi", "Yes."), record("<image>\nHi" + " there" * 200, "Yes.")
+    no_picture = {**record("Hi", "Yes."), "id": "lost"}
+    (tmp_path / "data.json").write_text(json.dumps([good, without_answer, no_picture]))
+    data = train.Conversations(tmp_path / "data.json", tmp_path, Tokenizer.from_pretrained(TINY), "llava", 200, 64)
+    assert len(data) == 1
+    assert "2 records left out" in capsys.readouterr().err
+
+
+def test_padding_on_the_right_changes_no_loss():
+    tokenizer, processor = Tokenizer.from_pretrained(TINY), ImageProcessor.from_pretrained(TINY)
+    model = Llava.from_pretrained(TINY, dtype=torch.float32)
+    short = (*train.encode_conversation(record("How many?", "Two."), tokenizer, "llava"), None)
+    long = (*train.encode_conversation(record("How many are there?", "A large red star at the top."), tokenizer, "llava"), None)
+
+    def loss(*examples):
+        ids, labels, _ = train.collate(examples, processor, tokenizer.pad_id, pad=False)
+        return model(ids, labels=labels).loss * (labels[:, 1:] != train.IGNORED).sum()
+
+    torch.testing.assert_close(loss(short, long), loss(short) + loss(long), rtol=1e-5, atol=0)
+
+
+def test_each_example_is_seen_once_an_epoch_and_near_its_like():
+    lengths = [7 * n % 50 for n in range(100)]
+    batches = train.make_batches(lengths, 4, epochs=3, seed=0)
+    assert sorted(i for batch in batches for i in batch) == sorted([*range(100)] * 3)
+    assert batches[:25] != batches[25:50]
+    spread = [max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in batches]
+    assert sum(spread) / len(spread) < 10
+
+
+def test_learning_rate_warms_up_and_falls_to_nothing():
+    rates = [train.learning_rate(step, 100, 1.0, 0.1) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9] == 1.0
+    assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] < 1e-3
+
+
+@pytest.mark.parametrize("stage, trained", [(1, ("multi_modal_projector.",)), (2, ("multi_modal_projector.", "language_model."))])
+def test_a_stage_trains_its_modules_and_no_other(monkeypatch, data, tmp_path, stage, trained):
+    run(monkeypatch, data, tmp_path, stage=stage)
+    before, after = load_file(f"{TINY}/model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.startswith(trained) for name in changed)
+    assert {name.split(".")[0] + "." for name in changed} == set(trained)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F16"}  # the type it came in
+    Llava.from_pretrained(tmp_path)
+
+
+def test_accumulated_batches_equal_one_large_batch(monkeypatch, data, tmp_path):
+    """On records that are all alike, so that every batch is: then the steps must be the same."""
+    alike = json.loads((data / "instruct.json").read_text())[:1] * 12
+    (tmp_path / "instruct.json").write_text(json.dumps(alike))
+    (tmp_path / "images").symlink_to(data / "images")
+    run(monkeypatch, tmp_path, tmp_path / "large", "--batch-size", "4")
+    run(monkeypatch, tmp_path, tmp_path / "small", "--batch-size", "2", "--accumulate", "2")
+    large, small = (load_file(tmp_path / name / "model.safetensors") for name in ("large", "small"))
+    for name in large:
+        torch.testing.assert_close(small[name], large[name], rtol=1e-2, atol=1e-4)
+
+
+def test_a_killed_run_resumes_and_ends_the_same(monkeypatch, data, tmp_path, capsys):
+    run(monkeypatch, data, tmp_path / "whole")
+    save = train.save_state
+
+    def save_then_die(state, path):
+        save(state, path)
+        if state["step"] == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "save_state", save_then_die)
+        run(patch, data, tmp_path / "killed", "--save-every", "0")
+    assert not (tmp_path / "killed" / "model.safetensors").exists()
+    (tmp_path / "killed" / "training-state.partial").write_bytes(b"half a file")  # as a kill while saving leaves it
+    run(monkeypatch, data, tmp_path / "killed")
+    assert "going on from step 3" in capsys.readouterr().err
+    whole, killed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    assert not (tmp_path / "killed" / "training-state.pt").exists()
+
+
+def test_the_state_of_another_run_is_refused(monkeypatch, data, tmp_path):
+    torch.save({"steps": 999, "seed": 0}, tmp_path / "training-state.pt")
+    with pytest.raises(SystemExit, match="another run"):
+        run(monkeypatch, data, tmp_path)

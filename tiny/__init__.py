@@ -1,0 +1,1 @@
+"""A small world, and how the bundled checkpoints were made from it."""

@@ -1,0 +1,260 @@
+"""The two towers that tiny/llava stands on, made the way LLaVA's were: a CLIP trained on pictures and captions, of which
+the vision half is kept, and a language model trained on text alone.
+
+    python -m tiny.towers           # writes tiny/build/base: a checkpoint whose projector is still random
+"""
+
+import argparse
+import io
+import json
+import math
+from pathlib import Path
+from random import Random
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from tqdm import tqdm
+
+from clip import CLIPVision, CLIPVisionConfig, ImageProcessor
+from llama import Llama, LlamaConfig
+from llava import Llava, LlavaConfig
+from tiny.world import SIDE, conversation, describe, draw, is_held_out, make_scene
+from tokenizer import Tokenizer, chat_prompt
+from train import learning_rate, save_checkpoint
+
+PIECES = 510  # of the SentencePiece model; <image> and <pad> make it 512
+VISION = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=5, num_attention_heads=4, image_size=SIDE, patch_size=14)
+TEXT = dict(
+    vocab_size=512, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
+    max_position_embeddings=512, rms_norm_eps=1e-5,
+)  # fmt: skip
+CAPTION_READER = dict(vocab_size=512, hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4)
+MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # CLIP's own
+VARIANTS = 4  # scenes in a CLIP batch that differ from one another in a single thing
+
+
+def as_dialogue(turns):
+    """The text of a conversation without its picture."""
+    messages = []
+    for question, answer in turns:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return chat_prompt(messages, "llava")
+
+
+def write_text_files(folder, seed):
+    """The tokenizer, trained on the world's own words with Llama's settings, and the JSON files of a checkpoint."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = []
+    for n in range(4000):
+        random = Random(f"{seed} words {n}")
+        texts += as_dialogue(conversation(make_scene(random), random)).split("</s>")
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=PIECES, byte_fallback=True,
+        add_dummy_prefix=True, remove_extra_whitespaces=False, normalization_rule_name="identity", split_digits=True,
+        hard_vocab_limit=False, num_threads=1, minloglevel=2,
+    )  # fmt: skip
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+
+    special = {0: "<unk>", 1: "<s>", 2: "</s>", PIECES: "<image>", PIECES + 1: "<pad>"}
+    plain = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    special = {i: {"content": content, **plain, "special": True} for i, content in special.items()}
+    files = {
+        "tokenizer.json": as_tokenizer_json(SentencePieceProcessor(model_proto=model.getvalue()), special),
+        "config.json": {
+            "architectures": ["LlavaForConditionalGeneration"],
+            "model_type": "llava",
+            "image_token_index": PIECES,
+            "pad_token_id": PIECES + 1,
+            "image_seq_length": (SIDE // 14) ** 2,
+            "torch_dtype": "float16",
+            "vision_feature_layer": -2,
+            "vision_feature_select_strategy": "default",
+            "tie_word_embeddings": False,
+            "vision_config": {"model_type": "clip_vision_model", **VISION},
+            "text_config": {"model_type": "llama", **TEXT},
+        },
+        "generation_config.json": {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": PIECES + 1},
+        "preprocessor_config.json": {
+            "image_processor_type": "CLIPImageProcessor",
+            "processor_class": "LlavaProcessor",
+            "size": {"shortest_edge": SIDE},
+            "crop_size": {"height": SIDE, "width": SIDE},
+            "image_mean": MEAN,
+            "image_std": STD,
+            "resample": 3,
+            "rescale_factor": 0.00392156862745098,
+            **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"), True),
+        },
+        "processor_config.json": {
+            "processor_class": "LlavaProcessor",
+            "image_token": "<image>",
+            "patch_size": 14,
+            "num_additional_image_tokens": 1,
+            "vision_feature_select_strategy": "default",
+        },
+        "tokenizer_config.json": {
+            "tokenizer_class": "LlamaTokenizer",
+            "add_bos_token": True,
+            "add_eos_token": False,
+            "legacy": False,
+            "padding_side": "left",
+            "clean_up_tokenization_spaces": False,
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
+            "pad_token": "<pad>",
+            "image_token": "<image>",
+            "extra_special_tokens": {"image_token": "<image>"},
+            "added_tokens_decoder": special,
+        },
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def as_tokenizer_json(model, special_tokens):
+    """The same tokenizer in the form that transformers runs (this project does not read it): each piece becomes the
+    merges that can make it, in the order of the pieces' scores; the rest is Llama's fixed recipe."""
+    pieces = {model.id_to_piece(i): i for i in range(len(model))}
+    merges = []
+    for piece in sorted(pieces, key=lambda piece: -model.get_score(pieces[piece])):
+        splits = [(piece[:k], piece[k:]) for k in range(1, len(piece))]
+        splits = [(left, right) for left, right in splits if left in pieces and right in pieces]
+        merges += sorted(splits, key=lambda split: (pieces[split[0]], pieces[split[1]]))
+    replace = lambda old, new: {"type": "Replace", "pattern": {"String": old}, "content": new}
+    return {
+        "version": "1.0",
+        "added_tokens": [{"id": i, **token} for i, token in special_tokens.items()],
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace(" ", "▁")]},
+        "pre_tokenizer": None,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+            + [{"SpecialToken": {"id": "<s>", "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+        },
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [replace("▁", " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
+            + [{"type": "Strip", "content": " ", "start": 1, "stop": 0}],
+        },
+        "model": {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True, "vocab": pieces, "merges": merges},
+    }
+
+
+def initialise(module):
+    """Normal weights of standard deviation 0.02; those that end a residual branch smaller, by the number of branches."""
+    branches = 2 * len(module.layers)
+    for name, parameter in module.named_parameters():
+        if name.endswith(("out_proj.weight", "o_proj.weight", "fc2.weight", "down_proj.weight")):
+            nn.init.normal_(parameter, std=0.02 / math.sqrt(branches))
+        elif "norm" not in name and "layrnorm" not in name:
+            nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.normal_(parameter, std=0.02)
+    return module
+
+
+def near_scenes(random):
+    """A scene and others in which one thing is different or in another place: only a reader of details tells them apart."""
+    scenes = [make_scene(random)]
+    while len(scenes) < VARIANTS:
+        scene = list(scenes[0])
+        k = random.randrange(len(scene))
+        if random.random() < 0.3:
+            free = [cell for cell in range(9) if cell not in {thing.cell for thing in scene}]
+            scene[k] = type(scene[k])(**{**scene[k].__dict__, "cell": random.choice(free)})
+        else:
+            scene[k] = scene[k].changed(random)
+        scene.sort(key=lambda thing: thing.cell)
+        if not is_held_out(scene) and scene not in scenes:
+            scenes.append(scene)
+    return scenes
+
+
+def progress(steps, description):
+    return tqdm(range(steps), desc=description, unit="step")
+
+
+def optimise(loss, optimizer, parameters):
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+
+
+def train_clip(tokenizer, processor, steps, batch, seed):
+    """CLIP (Radford et al. 2021, figure 3): a picture's vector and its caption's should be nearer than any other pair's
+    in the batch. Both towers end in one vector: the class token's, and the last word's of a causal transformer."""
+    vision, reader = initialise(CLIPVision(CLIPVisionConfig(**VISION))), initialise(Llama(LlamaConfig(**CAPTION_READER)))
+    heads = nn.ModuleList([nn.Linear(VISION["hidden_size"], 128, bias=False), nn.Linear(CAPTION_READER["hidden_size"], 128, bias=False)])
+    scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+    parameters = [*vision.parameters(), *reader.parameters(), *heads.parameters(), scale]
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.02)
+    bar = progress(steps, "CLIP")
+    hits = 0.0
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, 1e-3, 0.05)
+        random = Random(f"{seed} clip {step}")
+        scenes = [scene for _ in range(batch // VARIANTS) for scene in near_scenes(random)]
+        pixels = processor([draw(scene, random) for scene in scenes])
+        captions = [tokenizer.encode(describe(scene)) for scene in scenes]
+        ends = torch.tensor([len(ids) - 1 for ids in captions])
+        ids = torch.tensor([ids + [tokenizer.pad_id] * (int(ends.max()) + 1 - len(ids)) for ids in captions])
+
+        (top,) = vision(pixels, [-1])
+        seen = heads[0](vision.post_layernorm(top[:, 0]))
+        read = heads[1](reader(reader.embed(ids))[torch.arange(len(ids)), ends])
+        logits = F.normalize(seen, dim=-1) @ F.normalize(read, dim=-1).T * scale.exp().clamp(max=100)
+        target = torch.arange(len(ids))
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        optimise(loss, optimizer, parameters)
+        hits += 0.05 * ((logits.argmax(1) == target).float().mean().item() - hits)
+        bar.set_postfix(loss=f"{loss.item():.3f}", matched=f"{hits:.1%}", refresh=False)
+    return vision
+
+
+def train_language_model(tokenizer, steps, batch, seed):
+    """Next-word prediction on the world's conversations, of which it never sees a picture."""
+    model = initialise(Llama(LlamaConfig(**TEXT)))
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.02)
+    bar = progress(steps, "Llama")
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, 1e-3, 0.05)
+        random = Random(f"{seed} llama {step}")
+        rows = [tokenizer.encode(as_dialogue(conversation(make_scene(random), random))) for _ in range(batch)]
+        width = max(map(len, rows))
+        ids = torch.tensor([row + [tokenizer.pad_id] * (width - len(row)) for row in rows])
+        logits = model.lm_head(model(model.embed(ids[:, :-1])))
+        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=tokenizer.pad_id)
+        optimise(loss, optimizer, parameters)
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    return model
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("tiny/build/base"))
+    parser.add_argument("--clip-steps", type=int, default=1800)
+    parser.add_argument("--clip-batch", type=int, default=128)
+    parser.add_argument("--llama-steps", type=int, default=400)
+    parser.add_argument("--llama-batch", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    write_text_files(args.out, args.seed)
+    tokenizer, processor = Tokenizer.from_pretrained(args.out), ImageProcessor.from_pretrained(args.out)
+    model = Llava(LlavaConfig.from_pretrained(args.out))
+    model.language_model = train_language_model(tokenizer, args.llama_steps, args.llama_batch, args.seed)
+    model.vision_tower = train_clip(tokenizer, processor, args.clip_steps, args.clip_batch, args.seed)
+    save_checkpoint(model, args.out, args.out, torch.float16)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""LLaVA's two training stages (Liu et al. 2023, section 4.2), on data in LLaVA's own format.
+
+    python train.py --stage 1 --model DIR --data align.json    --images FOLDER --out DIR     # projector alone
+    python train.py --stage 2 --model DIR --data instruct.json --images FOLDER --out DIR     # projector and language model
+
+The vision tower stays frozen. Only what the assistant says is learnt, with the end mark after it. The data is a JSON list
+of {"image": file, "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": …}, …]};
+a record without "image" is text alone. The result is a checkpoint folder like the one started from.
+
+A run that was killed goes on where its last state was saved when the same command is given again.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from clip import ImageProcessor, open_image
+from llava import Llava, checkpoint_folder
+from tokenizer import STYLES, Tokenizer, chat_prompt
+
+IGNORED = -100  # a label that the loss leaves out
+PUBLISHED = (  # the front of our parameter names -> the published one; the first that fits
+    ("language_model.lm_head.", "language_model.lm_head."),
+    ("language_model.", "language_model.model."),
+    ("projector.", "multi_modal_projector."),
+    ("vision_tower.layers.", "vision_tower.vision_model.encoder.layers."),
+    ("vision_tower.pre_layrnorm.", "vision_tower.vision_model.pre_layrnorm."),
+    ("vision_tower.post_layernorm.", "vision_tower.vision_model.post_layernorm."),
+    ("vision_tower.", "vision_tower.vision_model.embeddings."),
+)
+
+
+def encode_conversation(record, tokenizer, style):
+    """Ids and labels of one record, `<image>` as one id. Each turn is encoded on its own and its labels laid beside it:
+    −100 for what the human says, the ids themselves for the assistant's words and the end mark.
+
+    Raises ValueError for a record that is no conversation, or whose text cannot be told from a turn mark.
+    """
+    said = record["conversations"]
+    speakers = [turn["from"] for turn in said]
+    if not said or speakers != ["human", "gpt"] * (len(said) // 2):
+        raise ValueError(f"record {record.get('id')!r}: speakers are {speakers}; expected human and gpt in turn")
+    ids, labels = [tokenizer.bos_id], [IGNORED]
+    messages, done = [], ""  # the conversation so far, and its text
+    for human, gpt in zip(said[::2], said[1::2]):
+        content = [{"type": "image"}] * human["value"].count("<image>")
+        content.append({"type": "text", "text": human["value"].replace("<image>", "").strip()})
+        messages.append({"role": "user", "content": content})
+        asked = chat_prompt(messages, style)
+        messages.append({"role": "assistant", "content": gpt["value"]})
+        answered = chat_prompt(messages, style)
+        prompt, answer = tokenizer.encode(asked[len(done) :])[1:], tokenizer.encode(answered[len(asked) + 1 :])[1:]
+        ids += prompt + answer
+        labels += [IGNORED] * len(prompt) + answer
+        done = answered
+    return ids, labels
+
+
+class Conversations(Dataset):
+    """The records of a data file, encoded; a picture is opened when its record is asked for."""
+
+    def __init__(self, path, images, tokenizer, style, max_length, features_per_image):
+        self.examples, left_out = [], []
+        for record in json.loads(Path(path).read_text(encoding="utf-8")):
+            try:
+                ids, labels = encode_conversation(record, tokenizer, style)
+                count = ids.count(tokenizer.image_id)
+                if count != ("image" in record):
+                    raise ValueError(f"record {record.get('id')!r} has {count} <image> for {int('image' in record)} pictures")
+                room = max_length - count * (features_per_image - 1)  # what is longer is cut at its end
+                ids, labels = ids[:room], labels[:room]
+                if set(labels) == {IGNORED}:
+                    raise ValueError(f"record {record.get('id')!r} has no answer within {max_length} tokens")
+            except ValueError as error:
+                left_out.append(str(error))
+                continue
+            self.examples.append((ids, labels, Path(images) / record["image"] if count else None))
+        if left_out:
+            print(f"{len(left_out)} records left out, the first because: {left_out[0]}", file=sys.stderr)
+        if not self.examples:
+            raise ValueError(f"{path} holds no conversation to train on")
+
+    def __len__(self):
+        return len(self.examples)
+
+    def __getitem__(self, index):
+        ids, labels, path = self.examples[index]
+        return ids, labels, None if path is None else open_image(path)
+
+
+def make_batches(lengths, size, epochs, seed):
+    """Indices of each batch, for all epochs: records of like length together, so that little is padding."""
+    batches = []
+    for epoch in range(epochs):
+        random = torch.Generator().manual_seed(seed + epoch)
+        order = torch.randperm(len(lengths), generator=random).tolist()
+        groups = [sorted(order[i : i + 16 * size], key=lengths.__getitem__) for i in range(0, len(order), 16 * size)]
+        epoch_batches = [group[i : i + size] for group in groups for i in range(0, len(group), size)]
+        batches += [epoch_batches[i] for i in torch.randperm(len(epoch_batches), generator=random).tolist()]
+    return batches
+
+
+def collate(examples, processor, pad_id, pad):
+    """A batch: ids and labels padded on the right. Nothing real comes after the padding, so causal attention needs no
+    mask to leave it out."""
+    width = max(len(ids) for ids, _, _ in examples)
+    ids = torch.tensor([ids + [pad_id] * (width - len(ids)) for ids, _, _ in examples])
+    labels = torch.tensor([labels + [IGNORED] * (width - len(labels)) for _, labels, _ in examples])
+    images = [image for _, _, image in examples if image is not None]
+    return ids, labels, processor(images, pad=pad) if images else None
+
+
+def learning_rate(step, steps, peak, warmup):
+    """Linear warm-up over a share of the steps, then half a cosine down to 0."""
+    warm = max(1, round(warmup * steps))
+    if step < warm:
+        return peak * (step + 1) / warm
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def save_checkpoint(model, source, out, dtype):
+    """Write the model in the published layout, with the other files of `source` beside it, into the folder `out`."""
+    tensors = {
+        next(new + name.removeprefix(old) for old, new in PUBLISHED if name.startswith(old)): parameter.detach().to("cpu", dtype)
+        for name, parameter in model.named_parameters()
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        if file.suffix in (".json", ".jinja", ".model") and not file.name.endswith(".index.json") and source != out:
+            shutil.copyfile(file, out / file.name)
+    save_file(tensors, out / "model.safetensors.partial", metadata={"format": "pt"})
+    os.chmod(out / "model.safetensors.partial", 0o644)  # save_file leaves it to its owner alone
+    os.replace(out / "model.safetensors.partial", out / "model.safetensors")
+
+
+def save_state(state, path):
+    """Write beside the old file and then put in its place: whoever kills this at any moment leaves a whole one."""
+    torch.save(state, path.with_suffix(".partial"))
+    os.replace(path.with_suffix(".partial"), path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--stage", type=int, choices=(1, 2), required=True, help="1: train the projector; 2: also the language model")
+    parser.add_argument("--model", required=True, help="checkpoint to start from: a folder or a name on the hub")
+    parser.add_argument("--data", type=Path, required=True, help="JSON list of conversations")
+    parser.add_argument("--images", type=Path, required=True, help="folder that the records' image files are in")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the result, and for the state to resume from")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=16, help="conversations in one forward pass")
+    parser.add_argument("--accumulate", type=int, default=1, help="forward passes for one step of the optimiser")
+    parser.add_argument("--lr", type=float, help="peak learning rate [LLaVA-1.5: 1e-3 in stage 1, 2e-5 in stage 2]")
+    parser.add_argument("--warmup", type=float, default=0.03, help="share of the steps")
+    parser.add_argument("--max-length", type=int, default=2048, help="tokens of a conversation, features of its picture included")
+    parser.add_argument("--pad", action="store_true", help="pad pictures to a square, as the original does")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation; what is trained is float32")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read pictures")
+    parser.add_argument("--save-every", type=float, default=5, help="minutes between saved states")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    try:
+        train(args)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"train.py: {error}")
+
+
+def train(args):
+    torch.manual_seed(args.seed)
+    source, dtype = checkpoint_folder(args.model), getattr(torch, args.dtype)
+    tokenizer, processor = Tokenizer.from_pretrained(source), ImageProcessor.from_pretrained(source)
+    model = Llava.from_pretrained(source, args.device)
+    config, stored = model.config, model.dtype  # the result is stored in the type that the checkpoint came in
+    model.to(dtype)
+    length = min(args.max_length, config.text.max_position_embeddings)
+    data = Conversations(args.data, args.images, tokenizer, config.style, length, config.features_per_image)
+
+    learners = [model.projector, model.language_model][: args.stage]
+    parameters = [parameter for module in learners for parameter in module.parameters()]
+    for parameter in parameters:  # float32: in 16 bits a step of the optimiser would round to nothing
+        parameter.data = parameter.data.float().clone()
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
+    autocast = torch.autocast(torch.device(args.device).type, dtype) if dtype != torch.float32 else nullcontext()
+
+    batches = make_batches([len(ids) for ids, _, _ in data.examples], args.batch_size, args.epochs, args.seed)
+    steps, peak = math.ceil(len(batches) / args.accumulate), args.lr or (1e-3 if args.stage == 1 else 2e-5)
+    args.out.mkdir(parents=True, exist_ok=True)
+    state_file, step = args.out / "training-state.pt", 0
+    if state_file.is_file():
+        state = torch.load(state_file, map_location=args.device)
+        if state["steps"] != steps or state["seed"] != args.seed:
+            raise ValueError(f"{state_file} is of another run ({state['steps']} steps, seed {state['seed']}); remove it to start anew")
+        step = state["step"]
+        optimizer.load_state_dict(state["optimizer"])
+        for parameter, saved in zip(parameters, state["parameters"]):
+            parameter.data.copy_(saved)
+        print(f"going on from step {step} of {steps}", file=sys.stderr)
+
+    loader = DataLoader(
+        data,
+        batch_sampler=batches[step * args.accumulate :],
+        collate_fn=lambda examples: collate(examples, processor, tokenizer.pad_id, args.pad),
+        num_workers=args.workers,
+    )
+    loader, saved_at, progress = iter(loader), time.monotonic(), tqdm(total=steps, initial=step, unit="step", desc=f"stage {args.stage}")
+    while step < steps:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, peak, args.warmup)
+        group_of = batches[step * args.accumulate : (step + 1) * args.accumulate]
+        total = 0.0
+        for _ in group_of:
+            ids, labels, pixels = next(loader)
+            with autocast:
+                loss = model(ids, pixels, labels=labels).loss / len(group_of)
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        progress.set_postfix(loss=f"{total:.3f}", refresh=False)
+        progress.update()
+        if time.monotonic() - saved_at > 60 * args.save_every and step < steps:
+            saved = dict(step=step, steps=steps, seed=args.seed, parameters=parameters, optimizer=optimizer.state_dict())
+            save_state(saved, state_file)
+            saved_at = time.monotonic()
+    progress.close()
+    save_checkpoint(model, source, args.out, stored)
+    state_file.unlink(missing_ok=True)
+    print(f"saved {args.out}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
