@@ -8,6 +8,8 @@ Shapes: N pictures, C colours, S side in pixels, P patches, D width, H heads, E 
 """
 
 import json
+import math
+import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -33,6 +35,12 @@ class CLIPVisionConfig:
     hidden_act: str = "quick_gelu"
 
     def __post_init__(self):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name != "hidden_act" and not (type(value) in (int, f.type) and value > 0):
+                raise ValueError(f"vision_config has {f.name} {value!r}; expected a positive {f.type.__name__}")
+        if self.patch_size > self.image_size:
+            raise ValueError(f"vision_config has patch_size {self.patch_size}, larger than its image_size {self.image_size}")
         if self.hidden_act != "quick_gelu":
             raise ValueError(f"vision hidden_act is {self.hidden_act!r}; CLIP's vision tower uses 'quick_gelu'")
         if self.hidden_size % self.num_attention_heads:
@@ -148,16 +156,20 @@ def open_image(path):
     An animation gives its first frame.
     """
     try:
-        image = Image.open(path)
-        image.load()
-        return ImageOps.exif_transpose(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged metadata, and of a large picture, which is allowed
+            with Image.open(path) as image:
+                image.load()
+                return ImageOps.exif_transpose(image)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such picture") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path} is a folder, not a picture") from None
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not a picture in a format that Pillow reads") from None
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path} is too large a picture: {error}") from None
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow reports broken files with any of the three
+    except Exception as error:  # Pillow's decoders report broken files with almost any type
         raise ValueError(f"{path} is a damaged picture: {error}") from None
 
 
@@ -175,27 +187,43 @@ class ImageProcessor:
         """Read preprocessor_config.json, or the `image_processor` part of the newer processor_config.json."""
         folder = Path(folder)
         for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
-            if (folder / name).is_file():
-                raw = json.loads((folder / name).read_text(encoding="utf-8"))
-                raw = raw if key is None else raw.get(key)
-                if raw is not None:
-                    break
+            path = folder / name
+            if not path.is_file():
+                continue
+            try:
+                raw = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are kinds of it
+                raise ValueError(f"{path} is not valid JSON: {error}") from None
+            if not isinstance(raw, dict):
+                raise ValueError(f"{path} holds a {type(raw).__name__}; expected a JSON object")
+            if key is None or key in raw:
+                raw = raw if key is None else raw[key]
+                break
         else:
             raise FileNotFoundError(f"{folder} has no preprocessor_config.json: it must hold a whole Hugging Face checkpoint")
-        for step in ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"):
-            if raw.get(step, True) is not True:
-                raise ValueError(f"{folder}: {step} is {raw[step]!r}; LLaVA's preprocessing always does this step")
-        if raw.get("resample", 3) != Image.Resampling.BICUBIC or abs(raw.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-9:
-            raise ValueError(f"{folder}: resample and rescale_factor must be 3 (bicubic) and 1/255, as in every LLaVA")
-        try:
-            size = raw["size"] if isinstance(raw["size"], int) else raw["size"]["shortest_edge"]
-            crop = raw["crop_size"] if isinstance(raw["crop_size"], int) else raw["crop_size"]["height"]
-            mean, std = tuple(raw["image_mean"]), tuple(raw["image_std"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{folder}: the image processor's config lacks {error}") from None
+        fixed = dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"), True)
+        for name, only in (fixed | {"do_pad": False, "resample": 3}).items():
+            if raw.get(name, only) != only:
+                raise ValueError(f"{path}: {name} is {raw[name]!r}; only {only!r} is supported, as in every LLaVA")
+        if raw.get("rescale_factor", 1 / 255) not in (1 / 255, 0.00392156862745098):
+            raise ValueError(f"{path}: rescale_factor is {raw['rescale_factor']!r}; only 1/255 is supported")
+        if missing := [name for name in ("size", "crop_size", "image_mean", "image_std") if name not in raw]:
+            raise ValueError(f"{path} lacks {', '.join(missing)}")
+        size, crop, mean, std = raw["size"], raw["crop_size"], raw["image_mean"], raw["image_std"]
+        if isinstance(size, dict):
+            size = size.get("shortest_edge")
+        if isinstance(crop, dict):
+            crop = crop.get("height") if crop.get("height") == crop.get("width") else None
+        for name, value, form in (("size", size, "shortest_edge"), ("crop_size", crop, "height and width, equal")):
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{path}: {name} is {raw[name]!r}; expected a positive whole number, or one as {form}")
+        for name, value in (("image_mean", mean), ("image_std", std)):
+            numbers = isinstance(value, list) and all(type(v) in (int, float) for v in value)
+            if not numbers or len(value) != 3 or name == "image_std" and min(value) <= 0:
+                raise ValueError(f"{path}: {name} is {value!r}; expected three numbers, one for each colour")
         if crop > size:
-            raise ValueError(f"{folder}: crop_size {crop} is larger than the resized short side {size}")
-        return cls(size, crop, mean, std)
+            raise ValueError(f"{path}: crop_size {crop} is larger than the resized short side {size}")
+        return cls(size, crop, tuple(mean), tuple(std))
 
     def __call__(self, images, pad=False):
         """PIL images of any mode and size -> (N, 3, crop_size, crop_size) float32.
@@ -207,6 +235,13 @@ class ImageProcessor:
         images = [to_rgb(image) for image in images]
         if not images:
             raise ValueError("no pictures to preprocess")
+        for image in images:
+            short, long = sorted(image.size)
+            pixels = long * long if pad else self.size * self.size * long // max(short, 1)
+            if not short:
+                raise ValueError(f"a picture of {image.width}×{image.height} pixels is empty")
+            if pixels > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
+                raise ValueError(f"a picture of {image.width}×{image.height} pixels is too elongated to be resized; crop it first")
         if pad:
             background = tuple(int(255 * m) for m in self.image_mean)
             images = [pad_to_square(image, background) for image in images]
@@ -220,8 +255,6 @@ class ImageProcessor:
     def _resize_and_crop(self, image):
         short, long = sorted(image.size)
         length = int(self.size * long / short)
-        if self.size * length > 2 * Image.MAX_IMAGE_PIXELS:
-            raise ValueError(f"a picture of {image.width}×{image.height} pixels is too elongated to be resized; crop it first")
         width, height = (self.size, length) if image.width <= image.height else (length, self.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
         left, top = (width - self.crop_size) // 2, (height - self.crop_size) // 2

@@ -33,10 +33,19 @@ class LlamaConfig:
     tie_word_embeddings: bool = False  # the output head shares the embedding's matrix
 
     def __post_init__(self):
+        for f in fields(self):
+            value, kind = getattr(self, f.name), f.type
+            optional = not isinstance(kind, type)  # int | None
+            kind = int if optional else kind
+            good = type(value) is bool if kind is bool else type(value) in (int, kind) and value > 0
+            if not good and not (optional and value is None):
+                raise ValueError(f"text_config has {f.name} {value!r}; expected a {'positive ' * (kind is not bool)}{kind.__name__}")
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"{self.num_attention_heads} query heads cannot share {self.num_key_value_heads} key/value heads evenly")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; RoPE turns pairs of dimensions, so it must be even")
 
     @classmethod
     def from_dict(cls, raw):
@@ -54,6 +63,9 @@ class LlamaConfig:
             values["sliding_window"] = None
 
         # Newer files keep RoPE's settings in one dictionary, older ones beside the other fields.
+        for name in ("rope_scaling", "rope_parameters"):
+            if not isinstance(raw.get(name), dict | None):
+                raise ValueError(f"text_config has {name} {raw[name]!r}; expected an object or null")
         rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type != "default":

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from clip import CLIPVision, CLIPVisionConfig, ImageProcessor
 from llama import KVCache, Llama, LlamaConfig
-from tokenizer import STYLES, Tokenizer, chat_prompt, stop_at
+from tokenizer import SPECIAL_LITERALS, STYLES, Tokenizer, chat_prompt, stop_at
 
 VIT_L_14_336 = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14)
 VIP_LAYERS = [-2, -5, -8, -11, 6]
@@ -51,6 +51,9 @@ class LlavaConfig:
             raise ValueError(f"{folder}: config.json has model_type {family!r}; expected 'llava' or 'vipllava'")
         vip = family == "vipllava"
         vision, text = raw.get("vision_config"), raw.get("text_config") or {}
+        for name, part in (("vision_config", vision), ("text_config", text)):
+            if not isinstance(part, dict | None):
+                raise ValueError(f"{folder}: config.json has {name} {part!r}; expected an object")
         for name, only in (("projector_hidden_act", "gelu"), ("image_grid_pinpoints", None)):
             if raw.get(name, only) != only:
                 raise ValueError(f"{folder}: config.json has {name} {raw[name]!r}; only {only!r} is supported")
@@ -58,22 +61,36 @@ class LlavaConfig:
         if strategy not in ("default", "full"):
             raise ValueError(f"{folder}: vision_feature_select_strategy is {strategy!r}; expected 'default' or 'full'")
         layers = raw.get("vision_feature_layers", raw.get("vision_feature_layer", VIP_LAYERS if vip else -2))
+        layers = [layers] if isinstance(layers, int) else layers
+        image_id = raw.get("image_token_index", raw.get("image_token_id", 32000))
+        bias = raw.get("multimodal_projector_bias", True)
         generation = Path(folder) / "generation_config.json"
         ids = {**text, **raw, **(_read_json(generation) if generation.is_file() else {})}
         eos = ids.get("eos_token_id", 2)
         eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
         tied = raw.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)
         pad = ids.get("pad_token_id")
+        whole = lambda *values: all(type(value) is int for value in values)
+        for name, value, good, expected in (
+            ("vision_feature_layer", layers, isinstance(layers, list) and layers and whole(*layers), "a layer or a list of them"),
+            ("image_token_index", image_id, whole(image_id) and image_id >= 0, "a token id"),
+            ("eos_token_id", eos, whole(*eos_ids), "a token id, a list of them or null"),
+            ("pad_token_id", pad, pad is None or whole(pad), "a token id or null"),
+            ("tie_word_embeddings", tied, type(tied) is bool, "true or false"),
+            ("multimodal_projector_bias", bias, type(bias) is bool, "true or false"),
+        ):
+            if not good:
+                raise ValueError(f"{folder}: config.json has {name} {value!r}; expected {expected}")
         return cls(
             vision=CLIPVisionConfig.from_dict(VIT_L_14_336 if vision is None else vision),
             text=LlamaConfig.from_dict({**text, "tie_word_embeddings": tied}),
             style="vip" if vip else "bakllava" if text.get("model_type") == "mistral" else "llava",
-            vision_layers=[layers] if isinstance(layers, int) else list(layers),
+            vision_layers=list(layers),
             keep_cls=strategy == "full",
             projector_layernorm_eps=raw.get("projector_layernorm_eps", 1e-5) if vip else None,
-            projector_bias=raw.get("multimodal_projector_bias", True),
-            image_id=raw.get("image_token_index", raw.get("image_token_id", 32000)),
-            pad_id=pad if pad is not None else eos_ids[0] if eos_ids else 0,
+            projector_bias=bias,
+            image_id=image_id,
+            pad_id=pad if pad is not None and pad >= 0 else eos_ids[0] if eos_ids else 0,
             eos_ids=eos_ids,
         )
 
@@ -276,12 +293,14 @@ class Llava(nn.Module):
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
-        if temperature < 0:
+        if not temperature >= 0:
             raise ValueError(f"temperature is {temperature}; expected 0 (greedy) or more")
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k is {top_k}; expected at least 1")
         if top_p is not None and not 0 < top_p <= 1:
             raise ValueError(f"top_p is {top_p}; expected more than 0 and at most 1")
+        if seed is not None and not 0 <= seed < 2**63:
+            raise ValueError(f"seed is {seed}; expected 0 to 2^63 - 1")
         eos = torch.tensor(self.config.eos_ids if eos_ids is None else list(eos_ids), dtype=torch.long, device=self.device)
         random = None if seed is None else torch.Generator(self.device).manual_seed(seed)
 
@@ -370,7 +389,7 @@ def checkpoint_folder(folder_or_hub_name):
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.model", "*.safetensors"]))
     except Exception as error:  # of the network, the hub or the disk, in the types of several libraries
-        raise FileNotFoundError(f"{name} could not be fetched from the hub: {str(error).strip().splitlines()[0]}") from None
+        raise FileNotFoundError(f"{name} could not be fetched from the hub: {(str(error).strip() or repr(error)).splitlines()[0]}") from None
 
 
 def read_headers(folder):
@@ -415,6 +434,14 @@ def load(folder, device, dtype):
     width = stored["projector.linear_1.weight"][2][1] if "projector.linear_1.weight" in stored else 0
     if config.style == "vip" and len(config.vision_layers) == 1 and width == len(VIP_LAYERS) * config.vision.hidden_size:
         config.vision_layers = list(VIP_LAYERS)
+    depth = config.vision.num_hidden_layers
+    if bad := [k for k in config.vision_layers if not -depth - 1 <= k <= depth]:
+        raise ValueError(
+            f"{folder}: config.json has vision_feature_layer {bad[0]}, but vision layer {bad[0]} does not exist: "
+            f"the tower has hidden states 0 to {depth}, or -{depth + 1} to -1"
+        )
+    if config.image_id >= config.text.vocab_size:
+        raise ValueError(f"{folder}: image_token_index is {config.image_id}; the vocabulary has {config.text.vocab_size} rows")
     with torch.device("meta"):
         model = Llava(config)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -427,7 +454,7 @@ def load(folder, device, dtype):
             for name, shape in shapes.items()
             if name in stored and stored[name][2] != shape
         ],
-        "of an unsupported type": [f"{name} {kind}" for _, name, _, kind in stored.values() if kind not in STORED_DTYPES],
+        "of a type other than F16, BF16 and F32": [f"{name} {kind}" for _, name, _, kind in stored.values() if kind not in STORED_DTYPES],
     }
     if any(problems.values()):
         lines = [
@@ -535,7 +562,7 @@ class Chat:
 
     def _answer(self, question, images, prompt, steps):
         """Stream one answer, and enter the turn into the conversation when it ends or its reader stops reading."""
-        answer, ids, said = [], [], False
+        answer, ids = [], []
         end = STYLES[self.model.config.style]["end"]
 
         def note():
@@ -551,5 +578,8 @@ class Chat:
         finally:
             if ids:
                 content = [{"type": "image"} for _ in images] + [{"type": "text", "text": question}]
-                self.messages += [{"role": "user", "content": content}, {"role": "assistant", "content": "".join(answer)}]
+                said = "".join(answer)
+                for literal in SPECIAL_LITERALS:  # spelt out by the model, it would be read as the token next time
+                    said = said.replace(literal, "")
+                self.messages += [{"role": "user", "content": content}, {"role": "assistant", "content": said}]
                 self.images += images

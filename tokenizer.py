@@ -5,6 +5,7 @@ Llama's, to which LLaVA adds two special tokens: `<image>`, whose place the pict
 """
 
 import json
+import operator
 import re
 from itertools import chain
 from pathlib import Path
@@ -43,10 +44,13 @@ class Tokenizer:
         added = {}
         for name in ("tokenizer_config.json", "added_tokens.json"):
             if (folder / name).is_file():
-                raw = json.loads((folder / name).read_text(encoding="utf-8"))
-                if name == "tokenizer_config.json":
-                    raw = {token["content"]: int(i) for i, token in raw.get("added_tokens_decoder", {}).items()}
-                added |= raw
+                try:
+                    raw = json.loads((folder / name).read_text(encoding="utf-8"))
+                    if name == "tokenizer_config.json":
+                        raw = {token["content"]: int(i) for i, token in raw.get("added_tokens_decoder", {}).items()}
+                    added |= {literal: operator.index(i) for literal, i in raw.items()}
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                    raise ValueError(f"{folder / name} is damaged, or not a tokenizer's: {error!r}") from None
         return cls(model, added)
 
     def encode(self, text):
@@ -171,4 +175,7 @@ def _content(message, style):
         if literal in text:
             hint = "pictures are given beside the text, not in it" if literal == "<image>" else "write it another way"
             raise ValueError(f"the {message['role']}'s text contains {literal!r}, which the model would not read as text; {hint}")
-    return text, sum(part["type"] == "image" for part in parts)
+    images = sum(part["type"] == "image" for part in parts)
+    if images and message["role"] != "user":
+        raise ValueError(f"the {message['role']}'s message has a picture; only a user's may")
+    return text, images

@@ -68,10 +68,11 @@ def random_config(draw, family):
 
 def describe(family, config, rows):
     text, bias = config.text_config, getattr(config, "multimodal_projector_bias", True)
+    window = getattr(text, "sliding_window", None)
     strategy = getattr(config, "vision_feature_select_strategy", "default")
     return (
         f"{family} layers {config.vision_feature_layer} {strategy} bias {bias} kv {text.num_key_value_heads}/4 "
-        f"head {text.head_dim} theta {text.rope_parameters['rope_theta']:g} window {getattr(text, 'sliding_window', None)} "
+        f"head {text.head_dim} theta {text.rope_parameters['rope_theta']:g} window {window} "
         f"tied {config.tie_word_embeddings} pictures {[pictures for pictures, _ in rows]}"
     )
 

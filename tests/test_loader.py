@@ -230,7 +230,7 @@ BROKEN = [
     (content(lambda data: b"\xff\xfe", "config.json"), WRONG, ["config.json", "not valid JSON"]),
     (content(lambda data: b"[]", "config.json"), WRONG, ["config.json", "list", "expected a JSON object"]),
     (content(lambda data: b"null", "config.json"), WRONG, ["config.json", "expected a JSON object"]),
-    (lambda folder: (folder / "generation_config.json").write_text("{"), WRONG, ["generation_config.json", "not valid"]),
+    (lambda folder: (folder / "generation_config.json").write_text("{"), WRONG, ["generation_config.json", "not va"]),
     # what the model is
     (edit_json("config.json", lambda raw: raw.pop("model_type")), WRONG, ["model_type None", "'llava' or 'vipllava'"]),
     (config(model_type="llava_next"), WRONG, ["model_type 'llava_next'", "'llava' or 'vipllava'"]),
@@ -269,9 +269,9 @@ BROKEN = [
     (weights(lambda t: t.update({f"extra.{n}": torch.ones(1) for n in range(9)})), WRONG, ["and 6 more"]),
     (weights(lambda t: t.update({NORM: torch.ones(17)})), WRONG, ["1 of a wrong shape", NORM, "(17,)", "(16,)"]),
     (weights(lambda t: t.update({NORM: torch.ones(1, 16)})), WRONG, ["1 of a wrong shape", "(1, 16)"]),
-    (weights(lambda t: cast(t, NORM, torch.int8)), WRONG, ["1 of an unsupported type", NORM, "I8", "F16"]),
-    (weights(lambda t: cast(t, NORM, torch.float64)), WRONG, ["1 of an unsupported type", NORM, "F64", "F16"]),
-    (weights(lambda t: cast(t, EMBED, torch.float8_e4m3fn)), WRONG, ["1 of an unsupported type", EMBED, "F8_E4M3"]),
+    (weights(lambda t: cast(t, NORM, torch.int8)), WRONG, ["1 of a type other than", NORM, "I8", "F16"]),
+    (weights(lambda t: cast(t, NORM, torch.float64)), WRONG, ["1 of a type other than", NORM, "F64", "F16"]),
+    (weights(lambda t: cast(t, EMBED, torch.float8_e4m3fn)), WRONG, ["1 of a type other than", EMBED, "F8_E4M3"]),
     (weights(lambda t: t.update({"lm_head.weight": t[HEAD].clone()})), WRONG, ["lm_head.weight", "second time"]),
     (weights(lambda t: t.clear()), WRONG, ["missing"]),
     # weight files

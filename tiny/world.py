@@ -9,7 +9,7 @@ import argparse
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
@@ -27,7 +27,7 @@ COLOURS = {
     "black": (30, 30, 30),
 }
 KINDS = {"circle": "circles", "square": "squares", "triangle": "triangles", "star": "stars", "cross": "crosses", "ring": "rings"}
-SIZES = {"small": (6.5, 8.5), "large": (13.0, 15.5)}  # radius in pixels, from–to
+SIZES = {"small": (8.0, 9.5), "large": (14.0, 16.0)}  # radius in pixels, from–to
 PLACES = (  # the cells of a 3 × 3 grid, row by row
     "at the top left", "at the top", "at the top right",
     "on the left", "in the centre", "on the right",
@@ -49,17 +49,16 @@ class Thing:
     def changed(self, random):
         """The same thing with another size, colour or kind."""
         field, values = random.choice((("size", SIZES), ("colour", COLOURS), ("kind", KINDS)))
-        value = random.choice([v for v in values if v != getattr(self, field)])
-        return Thing(**{**self.__dict__, field: value})
+        return replace(self, **{field: random.choice([value for value in values if value != getattr(self, field)])})
 
 
 # ---------------------------------------------------------------------------------------------------------- scenes
 
 
-def make_scene(random, held_out=False):
+def make_scene(random, held_out=False, most=5):
     """One to five things in different cells, in reading order: a training scene, or a held-out one."""
     while True:
-        cells = sorted(random.sample(range(9), random.randint(1, 5)))
+        cells = sorted(random.sample(range(9), random.randint(1, most)))
         scene = [Thing(random.choice([*SIZES]), random.choice([*COLOURS]), random.choice([*KINDS]), cell) for cell in cells]
         if is_held_out(scene) == held_out:
             return scene
@@ -96,10 +95,10 @@ def draw(scene, random):
     fine = 4  # shapes are drawn this many times larger, then reduced: smooth edges
     for thing in scene:
         radius = random.uniform(*SIZES[thing.size])
-        room = SIDE / 6 - radius * 1.25  # how far from the cell's middle it may lie and still be inside
-        x, y = (SIDE / 6 * (2 * i + 1) + random.uniform(-1, 1) * max(room, 0) for i in (thing.cell % 3, thing.cell // 3))
+        room = min(4, max(0, SIDE / 6 - radius * 1.2))  # how far from its cell's middle it may lie
+        x, y = (SIDE / 6 * (2 * i + 1) + random.uniform(-room, room) for i in (thing.cell % 3, thing.cell // 3))
         shade = tuple(min(255, max(0, c + random.randint(-15, 15))) for c in COLOURS[thing.colour])
-        tilt = random.uniform(-12, 12)
+        tilt = random.uniform(-8, 8)
         box = 2 * math.ceil(radius * 1.3)
         left, top = round(x) - box // 2, round(y) - box // 2
         cx, cy = (x - left) * fine, (y - top) * fine
