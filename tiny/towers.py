@@ -148,23 +148,26 @@ def as_tokenizer_json(model, special_tokens):
 
 
 def initialise(module):
-    """Normal weights of standard deviation 0.02; those that end a residual branch smaller, by the number of branches."""
+    """Weights that keep a vector's length, those that end a residual branch smaller, by the number of branches. The
+    position of a patch starts as loud as its colour: a pale ground would drown it otherwise."""
     branches = 2 * len(module.layers)
     for name, parameter in module.named_parameters():
-        if name.endswith(("out_proj.weight", "o_proj.weight", "fc2.weight", "down_proj.weight")):
-            nn.init.normal_(parameter, std=0.02 / math.sqrt(branches))
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        elif name.endswith("_embedding") or "position_embedding" in name:
+            nn.init.normal_(parameter, std=0.5)
+        elif "embed_tokens" in name or "lm_head" in name:
+            nn.init.normal_(parameter, std=0.05)
         elif "norm" not in name and "layrnorm" not in name:
-            nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.normal_(parameter, std=0.02)
+            ends = name.endswith(("out_proj.weight", "o_proj.weight", "fc2.weight", "down_proj.weight"))
+            nn.init.normal_(parameter, std=(parameter[0].numel() * (branches if ends else 1)) ** -0.5)
     return module
 
 
-def near_scenes(random):
+def near_scenes(random, most):
     """A scene and others in which one thing is different or in another place: only a reader of details tells them apart.
-
-    Shape is the hardest to see, so half of the differences are of kind. A few things suffice: what is learnt of a patch
-    holds in fuller pictures too.
-    """
-    scenes = [make_scene(random, most=3)]
+    Shape is the hardest to see, so half of the differences are of kind."""
+    scenes = [make_scene(random, most=most)]
     while len(scenes) < VARIANTS:
         scene = list(scenes[0])
         k, field = random.randrange(len(scene)), random.choice(("kind", "kind", "kind", "colour", "size", "cell"))
@@ -195,7 +198,7 @@ def train_clip(tokenizer, processor, steps, batch, seed):
     torch.manual_seed(seed)
     vision, reader = initialise(CLIPVision(CLIPVisionConfig(**VISION))), initialise(Llama(LlamaConfig(**CAPTION_READER)))
     heads = nn.ModuleList([nn.Linear(VISION["hidden_size"], 128, bias=False), nn.Linear(CAPTION_READER["hidden_size"], 128, bias=False)])
-    scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+    scale = nn.Parameter(torch.tensor(math.log(20.0)))
     parameters = [*vision.parameters(), *reader.parameters(), *heads.parameters(), scale]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.02)
     bar = progress(steps, "CLIP")
@@ -204,7 +207,8 @@ def train_clip(tokenizer, processor, steps, batch, seed):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, 2e-3, 0.05)
         random = Random(f"{seed} clip {step}")
-        scenes = [scene for _ in range(batch // VARIANTS) for scene in near_scenes(random)]
+        most = 1 + 4 * step // steps  # one thing a picture at first: what tells shapes apart is learnt fastest there
+        scenes = [scene for _ in range(batch // VARIANTS) for scene in near_scenes(random, most)]
         pixels = processor([draw(scene, random) for scene in scenes])
         captions = [tokenizer.encode(describe(scene)) for scene in scenes]
         ends = torch.tensor([len(ids) - 1 for ids in captions])
@@ -248,7 +252,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("tiny/build/base"))
     parser.add_argument("--clip-steps", type=int, default=1600)
     parser.add_argument("--clip-batch", type=int, default=128)
-    parser.add_argument("--llama-steps", type=int, default=400)
+    parser.add_argument("--llama-steps", type=int, default=300)
     parser.add_argument("--llama-batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
