@@ -4,11 +4,12 @@ from random import Random
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 from llava import Chat
 from tiny.grade import grade
-from tiny.world import PLACES, QUESTIONS, Thing, draw, held_out_questions, is_held_out, make_scene, names, write
+from tiny.world import PLACES, QUESTIONS, Thing, describe, draw, example, held_out_questions, is_held_out, make_scene, names, write
 
 
 def test_training_and_held_out_scenes_never_meet():
@@ -87,6 +88,15 @@ def test_the_bundled_checkpoint_is_small_and_16_bit(pytestconfig):
     assert sum(file.stat().st_size for file in folder.iterdir()) <= 8e6
     with safe_open(folder / "model.safetensors", "pt") as file:
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F16"}
+
+
+def test_the_bundled_picture_is_a_held_out_scene_and_described_right():
+    scene, picture = example()
+    assert is_held_out(scene)
+    with Image.open("tiny/example.png") as bundled:
+        assert bundled.tobytes() == picture.tobytes()
+    chat = Chat.from_pretrained("tiny/llava", dtype=torch.float32)
+    assert "".join(chat.ask("Describe the picture.", [picture])) == describe(scene)
 
 
 def test_the_bundled_checkpoint_sees():

@@ -20,12 +20,12 @@ TINY = "tiny/llava"
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    write(folder, 24, seed=5)
+    write(folder, 12, seed=5)
     return folder
 
 
 def run(monkeypatch, data, out, *options, stage=2, model=TINY):
-    command = f"train.py --stage {stage} --model {model} --data {data}/instruct.json --images {data} --out {out} --batch-size 4"
+    command = f"train.py --stage {stage} --model {model} --data {data}/instruct.json --images {data} --out {out} --batch-size 2"
     monkeypatch.setattr(sys, "argv", [*command.split(), "--lr", "1e-3", *options])
     train.main()
 

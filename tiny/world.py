@@ -292,6 +292,13 @@ def held_out_questions(count, seed, ask=QUESTIONS):
             yield kind, image, *turn
 
 
+def example():
+    """The scene of the bundled picture, a held-out one, and the picture."""
+    random = Random("example 99")
+    scene = make_scene(random, held_out=True)
+    return scene, draw(scene, random)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("tiny/data"))
@@ -299,3 +306,4 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     write(args.out, args.count, args.seed)
+    example()[1].save(Path(__file__).parent / "example.png")
