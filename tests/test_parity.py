@@ -306,6 +306,16 @@ def test_config_that_says_nothing(tmp_path):
     assert (llava.image_id, llava.pad_id, llava.eos_ids) == (32000, 2, (2,))
 
 
+def test_which_spelling_wins(tmp_path):
+    raw = {"model_type": "vipllava", "vision_feature_layers": [1, 2], "vision_feature_layer": [3, 4]}
+    assert config_of(tmp_path, raw).vision_layers == [1, 2]
+    raw["text_config"] = {"eos_token_id": 3, "pad_token_id": 0}
+    assert (config_of(tmp_path, raw).eos_ids, config_of(tmp_path, raw).pad_id) == ((3,), 0)
+    raw["eos_token_id"] = 4
+    assert config_of(tmp_path, raw).eos_ids == (4,)
+    assert config_of(tmp_path, raw, {"eos_token_id": 5}).eos_ids == (5,)
+
+
 @pytest.mark.parametrize("model_type, style", [("llama", "llava"), ("mistral", "bakllava")])
 def test_strategy_full_and_style(model_type, style, tmp_path):
     raw = {"model_type": "llava", "text_config": {"model_type": model_type}}

@@ -103,5 +103,5 @@ def test_the_bundled_checkpoint_sees():
     """A sample of what `python -m tiny.grade` measures in full."""
     table = grade(Chat.from_pretrained("tiny/llava", dtype=torch.float32), count=200, seed=2)
     right, blind = (sum(row[0] * row[k] for row in table.values()) / 200 for k in (1, 2))
-    assert right >= 0.95
-    assert blind <= 0.45
+    assert right >= 0.7
+    assert blind <= 0.35
