@@ -5,10 +5,11 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-README = open("README.md", encoding="utf-8").read()
+README = Path("README.md").read_text(encoding="utf-8")
 FILES = re.findall(r"^\| `([\w/]+\.py)` \| .+ \| (\d+) \|$", README, re.M)
 OUTPUTS = [
     (command, output)
@@ -23,7 +24,7 @@ def test_there_is_something_to_check():
 
 @pytest.mark.parametrize("file, lines", FILES)
 def test_line_counts(file, lines):
-    assert len(open(file, encoding="utf-8").readlines()) == int(lines)
+    assert len(Path(file).read_text(encoding="utf-8").splitlines()) == int(lines)
 
 
 @pytest.mark.parametrize("command, output", OUTPUTS)
@@ -38,12 +39,12 @@ def test_linked_files_exist(pytestconfig):
 
 
 def test_requirements_are_the_packages_that_the_readme_names():
-    names = {line.split("==")[0] for line in open("requirements.txt").read().split()}
+    names = {line.split("==")[0] for line in Path("requirements.txt").read_text().split()}
     named = set(re.search(r"`pip install ([\w ]+)` is all that is missing", README)[1].split())
     assert names == named | {"torch", "pytest"}
 
 
 def test_accuracy_table_is_the_recorded_one():
-    recorded = json.load(open("tiny/accuracy.json"))
+    recorded = json.loads(Path("tiny/accuracy.json").read_text())
     for kind, (asked, *shares) in recorded.items():
         assert f"| {kind} | {asked} | " + " | ".join(f"{100 * share:.1f} %" for share in shares) + " |" in README
