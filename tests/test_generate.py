@@ -130,11 +130,14 @@ def test_max_new_tokens():
     assert torch.equal(generated(model, prompt(reference), max_new_tokens=3), reference["tokens"][:, :3])
 
 
-def test_ends_where_the_context_is_full():
+def test_ends_where_the_context_or_the_cache_is_full():
     model, reference = load("llava")
-    T = reference["input_ids"].shape[1]
+    (B, T), tokens = reference["input_ids"].shape, reference["tokens"]
+    cache = KVCache(model.config.text, B, T + 5)
+    assert torch.equal(generated(model, prompt(reference), max_new_tokens=2, cache=cache), tokens[:, :2])
+    assert torch.equal(generated(model, dict(input_ids=tokens[:, 1:2]), cache=cache), tokens[:, 2:5])
     model.config.text.max_position_embeddings = T + 5
-    assert torch.equal(generated(model, prompt(reference)), reference["tokens"][:, :5])
+    assert torch.equal(generated(model, prompt(reference)), tokens[:, :5])
 
 
 # How much is computed
