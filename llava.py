@@ -308,7 +308,9 @@ class Llava(nn.Module):
         B, T = ids.shape
         room = self._check_room(T, cache)
         if room < 1:
-            raise ValueError(f"a prompt of {T} tokens leaves no room for an answer in a context of {T + room}")
+            raise ValueError(f"a prompt of {T} tokens leaves no room for an answer; shorten it or use a longer cache")
+        if mask is not None and not mask[:, -1].all():
+            raise ValueError("attention_mask ends in padding; a batch is padded on the left, so that every row ends in its last token")
         steps = min(max_new_tokens, room)
         if cache is None:
             cache = KVCache(self.config.text, B, T + steps, self.device, self.dtype)

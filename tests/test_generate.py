@@ -184,6 +184,7 @@ def test_logits_of_one_position_only():
         (dict(temperature=1.0, top_p=0.0), "top_p is 0.0"),
         (dict(temperature=1.0, top_p=1.5), "top_p is 1.5"),
         (dict(pixel_values=None), "12 <image> tokens for 0 pictures"),
+        (dict(input_ids=torch.ones(2, 3).long(), pixel_values=None, attention_mask=torch.tensor([[1, 1, 0], [1, 1, 1]])), "padding"),
         (dict(attention_mask=torch.ones(3, 2)), r"attention_mask is \(3, 2\)"),
     ],
 )
