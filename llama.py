@@ -95,8 +95,16 @@ class KVCache:
         self.length = torch.zeros((), device=device, dtype=torch.long)  # slots taken
 
     @property
+    def batch_size(self):
+        return self.real.shape[0]
+
+    @property
     def max_length(self):
         return self.real.shape[1]
+
+    @property
+    def dtype(self):
+        return self.keys.dtype
 
     def take(self, attention_mask):
         """Take the next T slots for tokens that are real where attention_mask (B, T) says so.
@@ -117,12 +125,16 @@ class KVCache:
 
     def truncate(self, length):
         """Forget all but the first `length` slots."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot keep {length} slots of a cache that holds {int(self.length)}")
         self.length.fill_(length)
         self.real[:, length:] = False
 
     def grow(self, max_length):
         """Make room for max_length slots in all; what is stored stays."""
         extra = max_length - self.max_length
+        if extra < 0:
+            raise ValueError(f"cannot grow a cache of {self.max_length} slots to {max_length}")
         self.keys, self.values = F.pad(self.keys, (0, 0, 0, extra)), F.pad(self.values, (0, 0, 0, extra))
         self.real = F.pad(self.real, (0, extra))
 

@@ -9,21 +9,20 @@ Shapes: B batch, T tokens, N pictures, P features of a picture, D width of the l
 tower, L layers of it that are read.
 """
 
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
 
+from checkpoint import checkpoint_folder, fill, read_headers, read_json
 from clip import CLIPVision, CLIPVisionConfig, ImageProcessor
 from llama import KVCache, Llama, LlamaConfig
 from tokenizer import SPECIAL_LITERALS, STYLES, Tokenizer, chat_prompt, stop_at
 
 VIT_L_14_336 = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14)
+IGNORED = -100  # a label that the loss leaves out
 VIP_LAYERS = [-2, -5, -8, -11, 6]
 
 
@@ -42,50 +41,56 @@ class LlavaConfig:
     pad_id: int
     eos_ids: tuple[int, ...]
 
+    def __post_init__(self):
+        depth = self.vision.num_hidden_layers
+        if bad := [k for k in self.vision_layers if not -depth - 1 <= k <= depth]:
+            raise ValueError(
+                f"vision_feature_layer is {self.vision_layers}, but vision layer {bad[0]} does not exist: "
+                f"the tower has hidden states 0 to {depth}, or -{depth + 1} to -1"
+            )
+
     @classmethod
     def from_pretrained(cls, folder):
         """Read config.json. Raises FileNotFoundError or ValueError for what is missing, not a LLaVA or not supported."""
-        raw = _read_json(Path(folder) / "config.json")
-        family = raw.get("model_type")
-        if family not in ("llava", "vipllava"):
-            raise ValueError(f"{folder}: config.json has model_type {family!r}; expected 'llava' or 'vipllava'")
-        vip = family == "vipllava"
-        vision, text = raw.get("vision_config"), raw.get("text_config") or {}
-        for name, part in (("vision_config", vision), ("text_config", text)):
-            if not isinstance(part, dict | None):
-                raise ValueError(f"{folder}: config.json has {name} {part!r}; expected an object")
-        for name, only in (("projector_hidden_act", "gelu"), ("image_grid_pinpoints", None)):
-            if raw.get(name, only) != only:
-                raise ValueError(f"{folder}: config.json has {name} {raw[name]!r}; only {only!r} is supported")
-        strategy = "default" if vip else raw.get("vision_feature_select_strategy", "default")
-        if strategy not in ("default", "full"):
-            raise ValueError(f"{folder}: vision_feature_select_strategy is {strategy!r}; expected 'default' or 'full'")
-        layers = raw.get("vision_feature_layers", raw.get("vision_feature_layer", VIP_LAYERS if vip else -2))
-        layers = [layers] if isinstance(layers, int) else layers
-        image_id = raw.get("image_token_index", raw.get("image_token_id", 32000))
-        bias = raw.get("multimodal_projector_bias", True)
-        generation = Path(folder) / "generation_config.json"
-        ids = {**text, **raw, **(_read_json(generation) if generation.is_file() else {})}
-        eos = ids.get("eos_token_id", 2)
-        eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-        tied = raw.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)
-        pad = ids.get("pad_token_id")
-        whole = lambda *values: all(type(value) is int for value in values)
-        for name, value, good, expected in (
-            ("vision_feature_layer", layers, isinstance(layers, list) and layers and whole(*layers), "a layer or a list of them"),
-            ("image_token_index", image_id, whole(image_id) and image_id >= 0, "a token id"),
-            ("eos_token_id", eos, whole(*eos_ids), "a token id, a list of them or null"),
-            ("pad_token_id", pad, pad is None or whole(pad), "a token id or null"),
-            ("tie_word_embeddings", tied, type(tied) is bool, "true or false"),
-            ("multimodal_projector_bias", bias, type(bias) is bool, "true or false"),
-        ):
-            if not good:
+        folder = Path(folder)
+        raw = read_json(folder / "config.json")
+
+        def checked(name, value, fits, expected):
+            if not fits:
                 raise ValueError(f"{folder}: config.json has {name} {value!r}; expected {expected}")
+            return value
+
+        family = raw.get("model_type")
+        checked("model_type", family, family in ("llava", "vipllava"), "'llava' or 'vipllava'")
+        vip = family == "vipllava"
+        parts = [checked(name, raw.get(name), isinstance(raw.get(name), dict | None), "an object") for name in ("vision_config", "text_config")]
+        vision, text = parts[0], parts[1] or {}
+        for name, only in (("projector_hidden_act", "gelu"), ("image_grid_pinpoints", None)):
+            checked(name, raw.get(name, only), raw.get(name, only) == only, f"{only!r}, no other is supported")
+        strategy = "default" if vip else raw.get("vision_feature_select_strategy", "default")
+        checked("vision_feature_select_strategy", strategy, strategy in ("default", "full"), "'default' or 'full'")
+
+        layers = raw.get("vision_feature_layers", raw.get("vision_feature_layer", VIP_LAYERS if vip else -2))
+        layers = layers if isinstance(layers, list) else [layers]
+        checked("vision_feature_layer", layers, layers and _whole(*layers), "a layer or a list of them")
+        image_id = raw.get("image_token_index", raw.get("image_token_id", 32000))
+        checked("image_token_index", image_id, _whole(image_id) and image_id >= 0, "a token id")
+        bias = raw.get("multimodal_projector_bias", True)
+        checked("multimodal_projector_bias", bias, type(bias) is bool, "true or false")
+        tied = raw.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)
+        checked("tie_word_embeddings", tied, type(tied) is bool, "true or false")
+
+        generation = folder / "generation_config.json"
+        ids = {**text, **raw, **(read_json(generation) if generation.is_file() else {})}
+        eos, pad = ids.get("eos_token_id", 2), ids.get("pad_token_id")
+        eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+        checked("eos_token_id", eos, _whole(*eos_ids), "a token id, a list of them or null")
+        checked("pad_token_id", pad, pad is None or _whole(pad), "a token id or null")
         return cls(
             vision=CLIPVisionConfig.from_dict(VIT_L_14_336 if vision is None else vision),
             text=LlamaConfig.from_dict({**text, "tie_word_embeddings": tied}),
             style="vip" if vip else "bakllava" if text.get("model_type") == "mistral" else "llava",
-            vision_layers=list(layers),
+            vision_layers=layers,
             keep_cls=strategy == "full",
             projector_layernorm_eps=raw.get("projector_layernorm_eps", 1e-5) if vip else None,
             projector_bias=bias,
@@ -98,6 +103,10 @@ class LlavaConfig:
     def features_per_image(self):
         """How many tokens of the language model a picture takes: 24 × 24 = 576 for LLaVA-1.5."""
         return self.vision.num_patches + self.keep_cls
+
+
+def _whole(*values):
+    return all(type(value) is int for value in values)  # JSON's true is no number, though Python's is
 
 
 class Projector(nn.Module):
@@ -151,7 +160,23 @@ class Llava(nn.Module):
         dtype None keeps the stored type. Raises FileNotFoundError or ValueError, before any weight is read, for whatever
         is missing, unexpected, of a wrong shape or damaged.
         """
-        return load(checkpoint_folder(folder_or_hub_name), device, dtype)
+        folder = checkpoint_folder(folder_or_hub_name)
+        config, stored = LlavaConfig.from_pretrained(folder), read_headers(folder)
+        if config.text.tie_word_embeddings:
+            stored.pop("language_model.lm_head.weight", None)
+        # ViP-7B's published config has a stale `vision_feature_layer: -2`, but its projector has the width of five layers.
+        width = stored["projector.linear_1.weight"].shape[-1] if "projector.linear_1.weight" in stored else 0
+        if config.style == "vip" and len(config.vision_layers) == 1 and width == len(VIP_LAYERS) * config.vision.hidden_size:
+            config = replace(config, vision_layers=list(VIP_LAYERS))
+        if config.image_id >= config.text.vocab_size:
+            raise ValueError(f"{folder}: image_token_index is {config.image_id}; the vocabulary has {config.text.vocab_size} rows")
+
+        with torch.device("meta"):  # shapes without memory; each weight is then read straight to where it stays
+            model = cls(config)
+        fill(model, stored, device, dtype)
+        if config.text.tie_word_embeddings:
+            model.language_model.lm_head.weight = model.language_model.embed_tokens.weight
+        return model.eval()
 
     @property
     def device(self):
@@ -196,14 +221,19 @@ class Llava(nn.Module):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of the two")
+        if labels is not None:
+            _check_ids("labels", labels[labels != IGNORED], self.config.text.vocab_size)
         features = None
         if inputs_embeds is None:
             input_ids, attention_mask, labels = self._prepare(input_ids, pixel_values, attention_mask, labels)
             inputs_embeds, features = self.embed(input_ids, pixel_values)
         elif pixel_values is not None:
             raise ValueError("inputs_embeds hold their pictures already; give pixel_values with input_ids only")
-        _check_shapes(inputs_embeds.shape[:2], attention_mask=attention_mask, labels=labels, positions=positions)
-        self._check_room(inputs_embeds.shape[1], cache)
+        elif inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != self.config.text.hidden_size:
+            raise ValueError(f"inputs_embeds are {tuple(inputs_embeds.shape)}; expected (B, T, {self.config.text.hidden_size})")
+        B, T, _ = inputs_embeds.shape
+        _check_shapes((B, T), attention_mask=attention_mask, labels=labels, positions=positions)
+        self._check_room(B, T, cache)
 
         states, maps = [] if output_hidden_states else None, [] if output_attentions else None
         mask = None if attention_mask is None else attention_mask.to(self.device, torch.bool)
@@ -211,7 +241,7 @@ class Llava(nn.Module):
         logits = self.language_model.lm_head(x)
         loss = None
         if labels is not None:  # position t predicts token t + 1
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().to(logits.device))
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().to(logits.device, torch.long))
         return LlavaOutput(logits, loss, features, states, maps)
 
     def embed(self, input_ids, pixel_values=None):
@@ -232,8 +262,7 @@ class Llava(nn.Module):
         if ids.ndim != 2 or not ids.numel():
             raise ValueError(f"input_ids are {tuple(ids.shape)}; expected (B, T), with at least one token")
         _check_shapes(ids.shape, attention_mask=mask, labels=labels)
-        if ids.min() < 0 or ids.max() >= vocabulary:
-            raise ValueError(f"input_ids run from {ids.min()} to {ids.max()}; the vocabulary has {vocabulary} rows")
+        _check_ids("input_ids", ids, vocabulary)
         ids = ids.to(self.device)
         tokens, images = int((ids == self.config.image_id).sum()), 0 if pixel_values is None else len(pixel_values)
         if tokens == images != images * P:
@@ -255,10 +284,17 @@ class Llava(nn.Module):
             rows = [row.repeat_interleave(count) for row, count in zip(rows.to(ids.device), repeats)]
             return torch.stack([F.pad(row, (T - len(row), 0), value=fill) for row in rows])
 
-        return stretch(ids, self.config.pad_id), stretch(mask, 0), None if labels is None else stretch(labels, -100)
+        mask = stretch(mask, 0)
+        start = int(mask.any(0).int().argmax())  # columns before it are padding in every row: what was padded needs it no more
+        ids, labels = stretch(ids, self.config.pad_id), None if labels is None else stretch(labels, IGNORED)
+        return ids[:, start:], mask[:, start:], None if labels is None else labels[:, start:]
 
-    def _check_room(self, T, cache):
-        """How many tokens may follow T new ones; a ValueError if they do not fit themselves."""
+    def _check_room(self, B, T, cache):
+        """How many tokens may follow T new ones in B rows; a ValueError if they do not fit themselves."""
+        if cache is not None and (cache.batch_size, cache.dtype) != (B, self.dtype):
+            raise ValueError(
+                f"the cache is for {cache.batch_size} rows in {cache.dtype}; the batch has {B} rows and the model is in {self.dtype}"
+            )
         taken = 0 if cache is None else int(cache.length)
         limit, what = self.config.text.max_position_embeddings, "the model's max_position_embeddings"
         if cache is not None and cache.max_length < limit:
@@ -306,7 +342,7 @@ class Llava(nn.Module):
 
         ids, mask, _ = self._prepare(input_ids, pixel_values, attention_mask)
         B, T = ids.shape
-        room = self._check_room(T, cache)
+        room = self._check_room(B, T, cache)
         if room < 1:
             raise ValueError(f"a prompt of {T} tokens leaves no room for an answer; shorten it or use a longer cache")
         if mask is not None and not mask[:, -1].all():
@@ -339,6 +375,11 @@ def _check_shapes(shape, **values):
             raise ValueError(f"{name} is {tuple(value.shape)}; expected {tuple(shape)}, one for each new token")
 
 
+def _check_ids(name, ids, vocabulary):
+    if ids.numel() and not 0 <= ids.min() <= ids.max() < vocabulary:
+        raise ValueError(f"{name} run from {ids.min()} to {ids.max()}; the vocabulary has {vocabulary} rows")
+
+
 def sample(logits, temperature, top_k, top_p, random):
     """One id for each row of logits (B, vocabulary): (B,). Temperature first, then top-k, then top-p, as everywhere."""
     if temperature == 0:
@@ -353,142 +394,6 @@ def sample(logits, temperature, top_k, top_p, random):
         likelier = probabilities.cumsum(-1) - probabilities  # what all tokens before this one sum to
         logits = logits.scatter(-1, index, ordered.masked_fill(likelier >= top_p, -torch.inf))
     return torch.multinomial(logits.softmax(-1), 1, generator=random)[:, 0]
-
-
-# Four layouts of names exist: as published, and what three generations of transformers save. Each rewrite is tried once,
-# in order, on the front of a name, and leads to the names of the modules above.
-REWRITES = (
-    ("model.", ""),
-    ("language_model.model.", "language_model."),
-    ("lm_head.", "language_model.lm_head."),
-    ("multi_modal_projector.", "projector."),
-    ("vision_tower.vision_model.", "vision_tower."),
-    ("vision_tower.embeddings.", "vision_tower."),
-    ("vision_tower.encoder.", "vision_tower."),
-)
-COMPUTED = (".position_ids", ".rotary_emb.inv_freq")  # tables that old files store and every model computes
-STORED_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-
-
-def our_name(name):
-    for old, new in REWRITES:
-        if name.startswith(old):
-            name = new + name.removeprefix(old)
-    return name
-
-
-def checkpoint_folder(folder_or_hub_name):
-    """The local folder of a checkpoint, fetched from the Hugging Face hub if it is a name there, like "llava-hf/llava-1.5-7b-hf"."""
-    name = str(folder_or_hub_name)
-    if Path(name).is_dir():
-        return Path(name)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{name}: no such folder")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise FileNotFoundError(f"{name}: no such folder; to fetch it from the hub, pip install huggingface_hub") from None
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.model", "*.safetensors"]))
-    except Exception as error:  # of the network, the hub or the disk, in the types of several libraries
-        raise FileNotFoundError(f"{name} could not be fetched from the hub: {(str(error).strip() or repr(error)).splitlines()[0]}") from None
-
-
-def read_headers(folder):
-    """What a checkpoint's files hold, from their headers alone: {our name: (file, name in the file, shape, type)}."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        files = [single.name]
-    elif index.is_file():
-        weight_map = _read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise ValueError(f"{index} has no weight_map from tensor names to file names")
-        files = sorted(set(weight_map.values()))
-        if outside := [file for file in files if Path(file).name != file or "\\" in file]:
-            raise ValueError(f"{index} names {outside[0]!r}; expected names of files beside it, without folders")
-    else:
-        raise FileNotFoundError(f"{folder} has no model.safetensors and no model.safetensors.index.json")
-    if missing := [file for file in files if not (folder / file).is_file()]:
-        raise FileNotFoundError(f"{folder} lacks {len(missing)} of its {len(files)} weight files, {missing[0]} first; fetch it again")
-
-    stored = {}
-    for file in files:
-        try:
-            with safe_open(folder / file, "pt") as tensors:
-                for name in tensors.keys():
-                    if not name.endswith(COMPUTED):
-                        header = tensors.get_slice(name)
-                        if our_name(name) in stored:
-                            raise ValueError(f"{folder / file} holds {name} a second time")
-                        stored[our_name(name)] = (folder / file, name, tuple(header.get_shape()), header.get_dtype())
-        except SafetensorError as error:
-            raise ValueError(f"{folder / file} is damaged or cut short ({error}); fetch it again") from None
-    return stored
-
-
-def load(folder, device, dtype):
-    """Make the model without memory on the meta device, check that its parameters are those of the files, then read
-    them one at a time, each straight to its device and type. Where neither changes, the file is mapped, not copied."""
-    config, stored = LlavaConfig.from_pretrained(folder), read_headers(folder)
-    if config.text.tie_word_embeddings:
-        stored.pop("language_model.lm_head.weight", None)
-    # ViP-7B's published config has a stale `vision_feature_layer: -2`, but its projector has the width of five layers.
-    width = stored["projector.linear_1.weight"][2][1] if "projector.linear_1.weight" in stored else 0
-    if config.style == "vip" and len(config.vision_layers) == 1 and width == len(VIP_LAYERS) * config.vision.hidden_size:
-        config.vision_layers = list(VIP_LAYERS)
-    depth = config.vision.num_hidden_layers
-    if bad := [k for k in config.vision_layers if not -depth - 1 <= k <= depth]:
-        raise ValueError(
-            f"{folder}: config.json has vision_feature_layer {bad[0]}, but vision layer {bad[0]} does not exist: "
-            f"the tower has hidden states 0 to {depth}, or -{depth + 1} to -1"
-        )
-    if config.image_id >= config.text.vocab_size:
-        raise ValueError(f"{folder}: image_token_index is {config.image_id}; the vocabulary has {config.text.vocab_size} rows")
-    with torch.device("meta"):
-        model = Llava(config)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-
-    problems = {
-        "missing": [name for name in shapes if name not in stored],
-        "unexpected": [stored[name][1] for name in stored if name not in shapes],
-        "of a wrong shape": [
-            f"{stored[name][1]} {stored[name][2]}, expected {shape}"
-            for name, shape in shapes.items()
-            if name in stored and stored[name][2] != shape
-        ],
-        "of a type other than F16, BF16 and F32": [f"{name} {kind}" for _, name, _, kind in stored.values() if kind not in STORED_DTYPES],
-    }
-    if any(problems.values()):
-        lines = [
-            f"{len(names)} {what}: {'; '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
-            for what, names in problems.items()
-            if names
-        ]
-        raise ValueError(f"{folder}: config.json and the weights disagree. Tensors " + ". Tensors ".join(lines))
-
-    if dtype is None:
-        dtype = STORED_DTYPES[stored["language_model.embed_tokens.weight"][3]]
-    for name in tqdm(shapes, desc="loading", unit="tensor", delay=1, disable=None):
-        file, stored_name, _, _ = stored[name]
-        with safe_open(file, "pt") as tensors:  # opened anew each time, so that no earlier tensor's pages stay mapped
-            tensor = tensors.get_tensor(stored_name).to(device, dtype)
-        module, leaf = name.rpartition(".")[::2]
-        setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
-    if config.text.tie_word_embeddings:
-        model.language_model.lm_head.weight = model.language_model.embed_tokens.weight
-    return model.eval()
-
-
-def _read_json(path):
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path.parent} has no {path.name}: it must hold a whole Hugging Face checkpoint") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} holds a {type(raw).__name__}; expected a JSON object")
-    return raw
 
 
 class Chat:

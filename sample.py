@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
+from checkpoint import checkpoint_folder
 from clip import open_image
-from llava import Chat, Llava, LlavaConfig, checkpoint_folder
+from llava import Chat, Llava, LlavaConfig
 
 HERE = Path(__file__).parent
 BUNDLED_MODEL, BUNDLED_PICTURE = HERE / "tiny" / "llava", HERE / "tiny" / "example.png"

@@ -14,31 +14,19 @@ import argparse
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from checkpoint import checkpoint_folder, save_checkpoint
 from clip import ImageProcessor, open_image
-from llava import Llava, checkpoint_folder
+from llava import IGNORED, Llava
 from tokenizer import STYLES, Tokenizer, chat_prompt
-
-IGNORED = -100  # a label that the loss leaves out
-PUBLISHED = (  # the front of our parameter names -> the published one; the first that fits
-    ("language_model.lm_head.", "language_model.lm_head."),
-    ("language_model.", "language_model.model."),
-    ("projector.", "multi_modal_projector."),
-    ("vision_tower.layers.", "vision_tower.vision_model.encoder.layers."),
-    ("vision_tower.pre_layrnorm.", "vision_tower.vision_model.pre_layrnorm."),
-    ("vision_tower.post_layernorm.", "vision_tower.vision_model.post_layernorm."),
-    ("vision_tower.", "vision_tower.vision_model.embeddings."),
-)
 
 
 def encode_conversation(record, tokenizer, style):
@@ -127,21 +115,6 @@ def learning_rate(step, steps, peak, warmup):
     if step < warm:
         return peak * (step + 1) / warm
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-
-def save_checkpoint(model, source, out, dtype):
-    """Write the model in the published layout, with the other files of `source` beside it, into the folder `out`."""
-    tensors = {
-        next(new + name.removeprefix(old) for old, new in PUBLISHED if name.startswith(old)): parameter.detach().to("cpu", dtype)
-        for name, parameter in model.named_parameters()
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    for file in source.iterdir():
-        if file.suffix in (".json", ".jinja", ".model") and not file.name.endswith(".index.json") and source != out:
-            shutil.copyfile(file, out / file.name)
-    save_file(tensors, out / "model.safetensors.partial", metadata={"format": "pt"})
-    os.chmod(out / "model.safetensors.partial", 0o644)  # save_file leaves it to its owner alone
-    os.replace(out / "model.safetensors.partial", out / "model.safetensors")
 
 
 def save_state(state, path):

@@ -235,7 +235,38 @@ def test_too_long_a_prompt():
         model.generate(ids[:, 4:13], cache=cache)
 
 
+@pytest.mark.parametrize(
+    "inputs, message",
+    [
+        (dict(input_ids=torch.ones(1, 3).long(), labels=torch.tensor([[1, -100, 96]])), "labels run from 1 to 96; the vocabulary has 96"),
+        (dict(input_ids=torch.ones(1, 3).long(), labels=torch.tensor([[1, -1, 5]])), "labels run from -1 to 5"),
+        (dict(inputs_embeds=torch.zeros(1, 3, 7)), r"inputs_embeds are \(1, 3, 7\); expected \(B, T, "),
+        (dict(inputs_embeds=torch.zeros(3, 7)), r"inputs_embeds are \(3, 7\)"),
+        (dict(input_ids=torch.ones(1, 3).long(), positions=torch.ones(1, 2).long()), r"positions is \(1, 2\); expected \(1, 3\)"),
+        (dict(), "one of the two"),
+    ],
+)
+def test_bad_inputs_of_a_forward_pass(inputs, message):
+    with pytest.raises(ValueError, match=message):
+        load("llava")[0](**inputs)
+
+
+def test_labels_of_any_integer_type():
+    model, reference = load("llava")
+    ids = reference["text_ids"]
+    assert torch.equal(model(ids, labels=ids.int()).loss, model(ids, labels=ids).loss)
+
+
 # The cache
+
+
+@pytest.mark.parametrize("batch, dtype", [(3, torch.float32), (1, torch.bfloat16)])
+def test_cache_of_another_batch_or_type(batch, dtype):
+    model, reference = load("llava")
+    cache = KVCache(model.config.text, batch, 20, dtype=dtype)
+    for use in (model, model.generate):
+        with pytest.raises(ValueError, match=f"cache is for {batch} rows in {dtype}; the batch has 1 rows and the model is in torch.float32"):
+            use(reference["text_ids"], cache=cache)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -260,6 +291,16 @@ def test_going_on_through_a_given_cache(family):
     alone = dict(input_ids=whole[1:2, real], pixel_values=reference["pixel_values"][:1])
     if model.config.text.sliding_window is None:  # padding in the middle counts as distance for a window
         assert torch.equal(second[1:2], generated(model, alone, max_new_tokens=8))
+
+
+def test_cache_neither_invents_nor_drops():
+    model, reference = load("llava")
+    cache = KVCache(model.config.text, 1, 20)
+    model(reference["text_ids"], cache=cache)
+    with pytest.raises(ValueError, match="cannot keep 4 slots of a cache that holds 3"):
+        cache.truncate(4)
+    with pytest.raises(ValueError, match="cannot grow a cache of 20 slots to 19"):
+        cache.grow(19)
 
 
 def test_truncate_then_go_on():

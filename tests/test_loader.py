@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llava import Chat, Llava, LlavaConfig, our_name
+from checkpoint import our_name
+from llava import Chat, Llava, LlavaConfig
 
 TOKENIZER = Path(__file__).parent / "fixtures" / "tokenizer"
 CONFIG = {

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from clip import CLIPVisionConfig
@@ -65,6 +66,19 @@ def test_padded_row_equals_the_row_alone(family, row):
         assert relative(model(ids, pixels, mask).logits, logits) <= TOLERANCE
     alone = torch.cat(list(model.generate(ids, pixels, max_new_tokens=64, eos_ids=())))
     assert torch.equal(alone, reference["tokens"][row])
+
+
+def test_expansion_leaves_no_column_of_padding_alone():
+    model, reference = load("llava")
+    I, P = model.config.image_id, model.config.features_per_image
+    ids, mask = torch.tensor([[0, 0, 1, I, 7], [1, 5, 6, 7, 8]]), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    pixels, labels = reference["pixel_values"][:1], torch.where(mask.bool(), 9, -100)
+    out = model(ids, pixels, mask, labels=labels)
+    assert out.logits.shape[1] == 2 + P  # as long as the row with the picture; its own padding would have made it 4 + P
+    assert relative(out.logits[:1], model(ids[:1, 2:], pixels).logits) <= TOLERANCE
+    assert relative(out.logits[1:, -5:], model(ids[1:]).logits) <= TOLERANCE
+    labels = torch.full((2, 2 + P), 9).masked_fill(torch.arange(2 + P) < torch.tensor([[0], [P - 3]]), -100)
+    assert relative(out.loss, F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())) <= TOLERANCE
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tqdm import tqdm
 
+from checkpoint import save_checkpoint
 from clip import CLIPVision, CLIPVisionConfig, ImageProcessor
 from llama import Llama, LlamaConfig
 from llava import Llava, LlavaConfig
 from tiny.world import COLOURS, KINDS, SIDE, SIZES, conversation, describe, draw, is_held_out, make_scene
 from tokenizer import Tokenizer, chat_prompt
-from train import learning_rate, save_checkpoint
+from train import learning_rate
 
 PIECES = 510  # of the SentencePiece model; <image> and <pad> make it 512
 VISION = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=5, num_attention_heads=4, image_size=SIDE, patch_size=14)
