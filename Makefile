@@ -13,15 +13,21 @@ parity: .venv/installed          # live, against transformers
 	.venv/bin/python -m tests.parity
 	.venv/bin/python -m tests.tokenizer_parity
 
-tiny: .venv/installed            # make tiny/llava again, from nothing but seeds
+tiny: .venv/installed            # make tiny/llava again, from nothing but seeds; goes on where it was stopped (to begin anew, remove tiny/build)
+	$(MAKE) tiny/build/llava/model.safetensors
+	cp tiny/build/llava/*.json tiny/build/llava/tokenizer.model tiny/build/llava/model.safetensors tiny/llava/
+	.venv/bin/python -m tiny.grade --json tiny/accuracy.json
+
+tiny/data/instruct.json:
 	.venv/bin/python -m tiny.world
+tiny/build/base/model.safetensors:
 	.venv/bin/python -m tiny.towers
+tiny/build/aligned/model.safetensors: | tiny/build/base/model.safetensors tiny/data/instruct.json
 	.venv/bin/python train.py --stage 1 --model tiny/build/base --data tiny/data/align.json --images tiny/data \
 		--out tiny/build/aligned --batch-size 32 --lr 2e-3
+tiny/build/llava/model.safetensors: | tiny/build/aligned/model.safetensors
 	.venv/bin/python train.py --stage 2 --model tiny/build/aligned --data tiny/data/instruct.json --images tiny/data \
-		--out tiny/build/llava --batch-size 32 --lr 1e-3 --epochs 2
-	cp tiny/build/llava/*.json tiny/build/llava/tokenizer.model tiny/build/llava/model.safetensors tiny/llava/
-	.venv/bin/python -m tiny.grade
+		--out tiny/build/llava --batch-size 16 --lr 1e-3 --epochs 3
 
 .venv/installed: requirements.txt
 	@echo "Installing PyTorch and six small packages into .venv, once."

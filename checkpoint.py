@@ -58,7 +58,7 @@ def checkpoint_folder(folder_or_hub_name):
     if Path(name).is_dir():
         return Path(name)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{name}: no such folder")
+        raise FileNotFoundError(f"{name}: no such folder; a name on the hub is like llava-hf/llava-1.5-7b-hf")
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -66,7 +66,7 @@ def checkpoint_folder(folder_or_hub_name):
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.model", "*.safetensors"]))
     except Exception as error:  # of the network, the hub or the disk, in the types of several libraries
-        raise FileNotFoundError(f"{name} could not be fetched from the hub: {(str(error).strip() or repr(error)).splitlines()[0]}") from None
+        raise FileNotFoundError(f"{name} could not be fetched from the hub: {' '.join(str(error).split()) or repr(error)}") from None
 
 
 def read_json(path):

@@ -77,80 +77,18 @@ class LlamaConfig:
         return cls(**values)
 
 
-class KVCache:
-    """The keys and values of the tokens seen so far, so that each new token computes only its own.
+class RMSNorm(nn.Module):
+    """x / √(mean(x²) + eps) · weight; the mean is taken in float32. https://arxiv.org/abs/1910.07467, equation 4."""
 
-    Everything is allocated once, for `max_length` slots, and written in place. All rows of the batch take the same
-    slots; a row with fewer tokens has padding in some of them, and the cache remembers which. Its length is a tensor on
-    the device, so a decode step can run there without being asked for it.
-    """
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
 
-    def __init__(self, config, batch_size, max_length, device="cpu", dtype=torch.float32):
-        """Memory: 2 · layers · batch_size · K · max_length · E elements of dtype."""
-        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length, config.head_dim)
-        # Zeros, not empty memory: a masked slot has weight 0, but 0 × NaN would still be NaN.
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)  # (layers, B, K, S, E), after RoPE
-        self.values = torch.zeros(shape, device=device, dtype=dtype)  # (layers, B, K, S, E)
-        self.real = torch.zeros(batch_size, max_length, device=device, dtype=torch.bool)  # False: padding, or not yet taken
-        self.length = torch.zeros((), device=device, dtype=torch.long)  # slots taken
-
-    @property
-    def batch_size(self):
-        return self.real.shape[0]
-
-    @property
-    def max_length(self):
-        return self.real.shape[1]
-
-    @property
-    def dtype(self):
-        return self.keys.dtype
-
-    def take(self, attention_mask):
-        """Take the next T slots for tokens that are real where attention_mask (B, T) says so.
-
-        Returns their slots (T,) and positions (B, T). A position counts the real tokens before it: padding has none.
-        """
-        slots = self.length + torch.arange(attention_mask.shape[1], device=self.length.device)
-        positions = self.real.sum(1, keepdim=True) + attention_mask.cumsum(1) - 1
-        self.real.index_copy_(1, slots, attention_mask)
-        self.length += attention_mask.shape[1]
-        return slots, positions.clamp(min=0)
-
-    def write(self, layer, slots, keys, values):
-        """Put keys and values (B, K, T, E) of one layer into their slots; returns that layer's whole (B, K, S, E)."""
-        self.keys[layer].index_copy_(2, slots, keys)
-        self.values[layer].index_copy_(2, slots, values)
-        return self.keys[layer], self.values[layer]
-
-    def truncate(self, length):
-        """Forget all but the first `length` slots."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"cannot keep {length} slots of a cache that holds {int(self.length)}")
-        self.length.fill_(length)
-        self.real[:, length:] = False
-
-    def grow(self, max_length):
-        """Make room for max_length slots in all; what is stored stays."""
-        extra = max_length - self.max_length
-        if extra < 0:
-            raise ValueError(f"cannot grow a cache of {self.max_length} slots to {max_length}")
-        self.keys, self.values = F.pad(self.keys, (0, 0, 0, extra)), F.pad(self.values, (0, 0, 0, extra))
-        self.real = F.pad(self.real, (0, extra))
-
-
-def visible(real, slots, window):
-    """Which slots each query may attend to: (B, 1, T, S), True where it may.
-
-    real: (B, S), True for slots that hold a token; slots: (T,), those of the queries; window: a length, or None.
-    A slot is visible if it holds a real token, does not come after the query, and is fewer than `window` slots back.
-    A query always sees itself, so that the softmax over a row of padding has something to sum.
-    """
-    key, query = torch.arange(real.shape[1], device=real.device), slots[:, None]
-    mask = key <= query  # (T, S)
-    if window is not None:
-        mask &= key > query - window
-    return (mask & real[:, None, :] | (key == query))[:, None]
+    def forward(self, x):
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x.dtype)
 
 
 def rope_table(positions, head_dim, theta):
@@ -172,20 +110,6 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
-class RMSNorm(nn.Module):
-    """x / √(mean(x²) + eps) · weight; the mean is taken in float32. https://arxiv.org/abs/1910.07467, equation 4."""
-
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x):
-        x32 = x.float()
-        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * x32.to(x.dtype)
-
-
 class Attention(nn.Module):
     """Causal self-attention; H / K query heads share one key/value head (grouped-query attention)."""
 
@@ -199,6 +123,11 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(H * E, D, bias=False)
 
     def forward(self, x, rope, mask, write, maps):
+        """x (B, T, D) to the same shape.
+
+        rope: cos and sin; mask: (B, 1, T, S) bool, None for plain causal attention among the T tokens; write: a function
+        that puts k and v into the cache and returns all of it, or None; maps: a list to add the attention map to, or None.
+        """
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H or K, T, E)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -206,7 +135,7 @@ class Attention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         if write is not None:
             everything = write(k, v)  # (B, K, S, E) each: the cache, the new tokens included
-            k, v = (k, v) if mask is None else everything
+            k, v = (k, v) if mask is None else everything  # no mask: the cache was empty, its other slots still are
         if maps is None:
             # softmax(q kᵀ / √E + mask) v
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
@@ -306,3 +235,79 @@ class Llama(nn.Module):
         if states is not None:
             states.append(x)
         return x
+
+
+def visible(real, slots, window):
+    """Which slots each query may attend to: (B, 1, T, S), True where it may.
+
+    real: (B, S), True for slots that hold a token; slots: (T,), those of the queries; window: a length, or None.
+    A slot is visible if it holds a real token, does not come after the query, and is fewer than `window` slots back.
+    A query always sees itself, so that the softmax over a row of padding has something to sum.
+    """
+    key, query = torch.arange(real.shape[1], device=real.device), slots[:, None]
+    mask = key <= query  # (T, S)
+    if window is not None:
+        mask &= key > query - window
+    return (mask & real[:, None, :] | (key == query))[:, None]
+
+
+class KVCache:
+    """The keys and values of the tokens seen so far, so that each new token computes only its own.
+
+    Everything is allocated once, for `max_length` slots, and written in place. All rows of the batch take the same
+    slots; a row with fewer tokens has padding in some of them, and the cache remembers which. Its length is a tensor on
+    the device: a decode step counts on without telling the host, which need not wait for it.
+    """
+
+    def __init__(self, config, batch_size, max_length, device="cpu", dtype=torch.float32):
+        """Memory: 2 · layers · batch_size · K · max_length · E elements of dtype."""
+        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length, config.head_dim)
+        # Zeros, not empty memory: a masked slot has weight 0, but 0 × NaN would still be NaN.
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)  # (layers, B, K, S, E), after RoPE
+        self.values = torch.zeros(shape, device=device, dtype=dtype)  # (layers, B, K, S, E)
+        self.real = torch.zeros(batch_size, max_length, device=device, dtype=torch.bool)  # False: padding, or not yet taken
+        self.length = torch.zeros((), device=device, dtype=torch.long)  # slots taken
+
+    @property
+    def batch_size(self):
+        return self.real.shape[0]
+
+    @property
+    def max_length(self):
+        return self.real.shape[1]
+
+    @property
+    def dtype(self):
+        return self.keys.dtype
+
+    def take(self, attention_mask):
+        """Take the next T slots for tokens that are real where attention_mask (B, T) says so.
+
+        Returns their slots (T,) and positions (B, T). A position counts the real tokens before it: padding has none.
+        """
+        slots = self.length + torch.arange(attention_mask.shape[1], device=self.length.device)
+        positions = self.real.sum(1, keepdim=True) + attention_mask.cumsum(1) - 1
+        self.real.index_copy_(1, slots, attention_mask)
+        self.length += attention_mask.shape[1]
+        return slots, positions.clamp(min=0)
+
+    def write(self, layer, slots, keys, values):
+        """Put keys and values (B, K, T, E) of one layer into their slots; returns that layer's whole (B, K, S, E)."""
+        self.keys[layer].index_copy_(2, slots, keys)
+        self.values[layer].index_copy_(2, slots, values)
+        return self.keys[layer], self.values[layer]
+
+    def truncate(self, length):
+        """Forget all but the first `length` slots."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot keep {length} slots of a cache that holds {int(self.length)}")
+        self.length.fill_(length)
+        self.real[:, length:] = False
+
+    def grow(self, max_length):
+        """Make room for max_length slots in all; what is stored stays."""
+        extra = max_length - self.max_length
+        if extra < 0:
+            raise ValueError(f"cannot grow a cache of {self.max_length} slots to {max_length}")
+        self.keys, self.values = F.pad(self.keys, (0, 0, 0, extra)), F.pad(self.values, (0, 0, 0, extra))
+        self.real = F.pad(self.real, (0, extra))

@@ -3,10 +3,11 @@
 A CLIP vision transformer turns a picture into patch features; a small MLP, the projector, maps each into the space of
 the language model's word embeddings; there they take the place of the `<image>` token. From then on a picture is 576
 more words to the language model. ViP-LLaVA (Cai et al. 2024, https://arxiv.org/abs/2312.00784) reads five of CLIP's
-layers instead of one, concatenated and normalised; BakLLaVA has a Mistral as its language model. That is all the difference.
+layers instead of one, concatenated and normalised; BakLLaVA has a Mistral as its language model; and each has its own
+chat format. That is all the difference.
 
-Shapes: B batch, T tokens, N pictures, P features of a picture, D width of the language model, V width of the vision
-tower, L layers of it that are read.
+Shapes: B batch, T tokens, N pictures, P features of a picture, D width of the language model, H its heads, S slots that
+can be attended to, V width of the vision tower, L layers of it that are read.
 """
 
 from dataclasses import dataclass, replace
@@ -15,98 +16,14 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 
 from checkpoint import checkpoint_folder, fill, read_headers, read_json
 from clip import CLIPVision, CLIPVisionConfig, ImageProcessor
 from llama import KVCache, Llama, LlamaConfig
-from tokenizer import SPECIAL_LITERALS, STYLES, Tokenizer, chat_prompt, stop_at
+from tokenizer import SPECIAL_LITERALS, STYLES, Tokenizer, chat_prompt, expand_images, stop_at
 
-VIT_L_14_336 = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14)
 IGNORED = -100  # a label that the loss leaves out
-VIP_LAYERS = [-2, -5, -8, -11, 6]
-
-
-@dataclass
-class LlavaConfig:
-    """A checkpoint's config.json, its defaults filled in."""
-
-    vision: CLIPVisionConfig
-    text: LlamaConfig
-    style: str  # the chat format: "llava", "bakllava" or "vip"
-    vision_layers: list[int]  # which of the tower's hidden states the projector reads, concatenated in this order
-    keep_cls: bool  # strategy "full": the class token is a feature too; "default": patches only
-    projector_layernorm_eps: float | None  # None: no LayerNorm (LLaVA); ViP-LLaVA has one
-    projector_bias: bool
-    image_id: int
-    pad_id: int
-    eos_ids: tuple[int, ...]
-
-    def __post_init__(self):
-        depth = self.vision.num_hidden_layers
-        if bad := [k for k in self.vision_layers if not -depth - 1 <= k <= depth]:
-            raise ValueError(
-                f"vision_feature_layer is {self.vision_layers}, but vision layer {bad[0]} does not exist: "
-                f"the tower has hidden states 0 to {depth}, or -{depth + 1} to -1"
-            )
-
-    @classmethod
-    def from_pretrained(cls, folder):
-        """Read config.json. Raises FileNotFoundError or ValueError for what is missing, not a LLaVA or not supported."""
-        folder = Path(folder)
-        raw = read_json(folder / "config.json")
-
-        def checked(name, value, fits, expected):
-            if not fits:
-                raise ValueError(f"{folder}: config.json has {name} {value!r}; expected {expected}")
-            return value
-
-        family = raw.get("model_type")
-        checked("model_type", family, family in ("llava", "vipllava"), "'llava' or 'vipllava'")
-        vip = family == "vipllava"
-        parts = [checked(name, raw.get(name), isinstance(raw.get(name), dict | None), "an object") for name in ("vision_config", "text_config")]
-        vision, text = parts[0], parts[1] or {}
-        for name, only in (("projector_hidden_act", "gelu"), ("image_grid_pinpoints", None)):
-            checked(name, raw.get(name, only), raw.get(name, only) == only, f"{only!r}, no other is supported")
-        strategy = "default" if vip else raw.get("vision_feature_select_strategy", "default")
-        checked("vision_feature_select_strategy", strategy, strategy in ("default", "full"), "'default' or 'full'")
-
-        layers = raw.get("vision_feature_layers", raw.get("vision_feature_layer", VIP_LAYERS if vip else -2))
-        layers = layers if isinstance(layers, list) else [layers]
-        checked("vision_feature_layer", layers, layers and _whole(*layers), "a layer or a list of them")
-        image_id = raw.get("image_token_index", raw.get("image_token_id", 32000))
-        checked("image_token_index", image_id, _whole(image_id) and image_id >= 0, "a token id")
-        bias = raw.get("multimodal_projector_bias", True)
-        checked("multimodal_projector_bias", bias, type(bias) is bool, "true or false")
-        tied = raw.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)
-        checked("tie_word_embeddings", tied, type(tied) is bool, "true or false")
-
-        generation = folder / "generation_config.json"
-        ids = {**text, **raw, **(read_json(generation) if generation.is_file() else {})}
-        eos, pad = ids.get("eos_token_id", 2), ids.get("pad_token_id")
-        eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-        checked("eos_token_id", eos, _whole(*eos_ids), "a token id, a list of them or null")
-        checked("pad_token_id", pad, pad is None or _whole(pad), "a token id or null")
-        return cls(
-            vision=CLIPVisionConfig.from_dict(VIT_L_14_336 if vision is None else vision),
-            text=LlamaConfig.from_dict({**text, "tie_word_embeddings": tied}),
-            style="vip" if vip else "bakllava" if text.get("model_type") == "mistral" else "llava",
-            vision_layers=layers,
-            keep_cls=strategy == "full",
-            projector_layernorm_eps=raw.get("projector_layernorm_eps", 1e-5) if vip else None,
-            projector_bias=bias,
-            image_id=image_id,
-            pad_id=pad if pad is not None and pad >= 0 else eos_ids[0] if eos_ids else 0,
-            eos_ids=eos_ids,
-        )
-
-    @property
-    def features_per_image(self):
-        """How many tokens of the language model a picture takes: 24 × 24 = 576 for LLaVA-1.5."""
-        return self.vision.num_patches + self.keep_cls
-
-
-def _whole(*values):
-    return all(type(value) is int for value in values)  # JSON's true is no number, though Python's is
 
 
 class Projector(nn.Module):
@@ -187,7 +104,7 @@ class Llava(nn.Module):
         return self.language_model.norm.weight.dtype
 
     def encode_images(self, pixel_values):
-        """Pictures (N, 3, S, S) -> features (N, P, D) in the space of the word embeddings.
+        """Pictures (N, 3, side, side) -> features (N, P, D) in the space of the word embeddings.
 
         Layer −2, not the last: the last serves CLIP's one vector for the whole picture, the one below it keeps more of
         each patch (LLaVA, section 4.1 and its ablation).
@@ -212,7 +129,7 @@ class Llava(nn.Module):
 
         input_ids: (B, T), with one `<image>` id per picture (expanded here, mask and labels along with it) or with
             as many as there are features; or inputs_embeds: (B, T, D), spliced already.
-        pixel_values: (N, 3, S, S), the pictures in the order of their `<image>` tokens, row by row.
+        pixel_values: (N, 3, side, side), the pictures in the order of their `<image>` tokens, row by row.
         attention_mask: (B, T), 1 for the new tokens that are real, 0 for padding, which stands on the left.
         positions: (B, T); by default they count the real tokens, those in the cache included.
         labels: (B, T) ids, −100 where there is nothing to learn.
@@ -241,13 +158,14 @@ class Llava(nn.Module):
         logits = self.language_model.lm_head(x)
         loss = None
         if labels is not None:  # position t predicts token t + 1
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().to(logits.device, torch.long))
+            targets = labels[:, 1:].flatten().to(logits.device, torch.long)
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=IGNORED)
         return LlavaOutput(logits, loss, features, states, maps)
 
     def embed(self, input_ids, pixel_values=None):
         """What the language model reads: word embeddings, with picture features where the `<image>` tokens stand.
 
-        input_ids: (B, T), with as many `<image>` ids as there are features; pixel_values: (N, 3, S, S), or None.
+        input_ids: (B, T), with as many `<image>` ids as there are features; pixel_values: (N, 3, side, side), or None.
         Returns (B, T, D) and the features (N, P, D), or None.
         """
         embeds = self.language_model.embed(input_ids)  # (B, T, D)
@@ -265,14 +183,14 @@ class Llava(nn.Module):
         _check_ids("input_ids", ids, vocabulary)
         ids = ids.to(self.device)
         tokens, images = int((ids == self.config.image_id).sum()), 0 if pixel_values is None else len(pixel_values)
-        if tokens == images != images * P:
+        if tokens == images * P:
+            return ids, mask, labels
+        if tokens == images:
             return self._expand(ids, mask, labels)
-        if tokens != images * P:
-            raise ValueError(
-                f"the prompt has {tokens} <image> tokens for {images} pictures; "
-                f"expected one each ({images}), or one for each of the {images * P} features"
-            )
-        return ids, mask, labels
+        raise ValueError(
+            f"the prompt has {tokens} <image> tokens for {images} pictures; "
+            f"expected one each ({images}), or one for each of the {images * P} features"
+        )
 
     def _expand(self, ids, mask, labels):
         """Repeat each `<image>` id P times, mask and labels with it; rows that end up shorter are padded on the left."""
@@ -290,7 +208,7 @@ class Llava(nn.Module):
         return ids[:, start:], mask[:, start:], None if labels is None else labels[:, start:]
 
     def _check_room(self, B, T, cache):
-        """How many tokens may follow T new ones in B rows; a ValueError if they do not fit themselves."""
+        """How many tokens may follow T new ones in B rows. Raises ValueError if the T tokens themselves do not fit."""
         if cache is not None and (cache.batch_size, cache.dtype) != (B, self.dtype):
             raise ValueError(
                 f"the cache is for {cache.batch_size} rows in {cache.dtype}; the batch has {B} rows and the model is in {self.dtype}"
@@ -425,7 +343,7 @@ class Chat:
     def reset(self):
         """Start a new conversation."""
         self.messages, self.images = [], []  # every turn so far; the pictures of all turns, in order
-        self._cache, self._cached = None, []  # the KV cache, and the ids in it (one for each <image>)
+        self._cache, self._cached = None, []  # the KV cache, and the id in each of its slots
         self._turn = None  # the answer that is being given
 
     def prompt(self, question, images=()):
@@ -440,26 +358,27 @@ class Chat:
         The pieces are whole characters and join to the answer, which enters the conversation as far as it was read.
         Raises ValueError at once for a question or a picture that cannot be asked; the conversation is then unchanged.
         """
-        model, config = self.model, self.model.config
+        model, config, P = self.model, self.model.config, self.model.config.features_per_image
+        if not isinstance(images, list | tuple) or not all(isinstance(image, Image.Image) for image in images):
+            raise ValueError(f"images are {type(images).__name__}; expected a list of PIL pictures (clip.open_image opens a file)")
         if self._turn is not None:
             self._turn.close()  # an answer that its reader left unfinished ends here
-        prompt = self.tokenizer.encode(self.prompt(question, images))
-        pictures = self.images + list(images)
+        prompt = expand_images(self.tokenizer.encode(self.prompt(question, images)), config.image_id, P)
 
         # Keep the cache as far as it agrees with this prompt; the last token is always computed, for its logits.
         keep = 0
         while keep < min(len(self._cached), len(prompt) - 1) and self._cached[keep] == prompt[keep]:
             keep += 1
         new = prompt[keep:]
-        unseen = pictures[len(pictures) - new.count(config.image_id) :]
+        pictures = [*self.images, *images]
+        unseen = pictures[len(pictures) - new.count(config.image_id) // P :]
         pixels = self.processor(unseen, pad=self.pad) if unseen else None
-        length = lambda ids: len(ids) + ids.count(config.image_id) * (config.features_per_image - 1)  # in cache slots
-        room = min(length(prompt) + max_new_tokens, config.text.max_position_embeddings)
+        wanted = min(len(prompt) + max_new_tokens, config.text.max_position_embeddings)
         if self._cache is None:
-            self._cache = KVCache(config.text, 1, room, model.device, model.dtype)
-        elif room > self._cache.max_length:
-            self._cache.grow(room)
-        self._cache.truncate(length(prompt[:keep]))
+            self._cache = KVCache(config.text, 1, wanted, model.device, model.dtype)
+        elif wanted > self._cache.max_length:
+            self._cache.grow(wanted)
+        self._cache.truncate(keep)
         self._cached = prompt[:keep]
         ids = model.generate(
             torch.tensor([new]), pixels, None, max_new_tokens, temperature, top_k, top_p, seed, cache=self._cache
@@ -470,16 +389,16 @@ class Chat:
     def _answer(self, question, images, prompt, steps):
         """Stream one answer, and enter the turn into the conversation when it ends or its reader stops reading."""
         answer, ids = [], []
-        end = STYLES[self.model.config.style]["end"]
+        end = STYLES[self.model.config.style]["end"]  # "</s>" never shows, it ends the steps; ViP's "###" is plain text
 
-        def note():
+        def recorded():
             for token in steps:
                 ids.append(int(token))
                 self._cached = prompt + ids[:-1]  # a token enters the cache when the next one is computed
                 yield ids[-1]
 
         try:
-            for piece in stop_at(self.tokenizer.stream(note()), end):
+            for piece in stop_at(self.tokenizer.stream(recorded()), end):
                 answer.append(piece)
                 yield piece
         finally:
@@ -490,3 +409,93 @@ class Chat:
                     said = said.replace(literal, "")
                 self.messages += [{"role": "user", "content": content}, {"role": "assistant", "content": said}]
                 self.images += images
+
+
+# What a published config.json leaves out: the vision tower, and which of its layers ViP-LLaVA reads, in this order.
+VIT_L_14_336 = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14)
+VIP_LAYERS = [-2, -5, -8, -11, 6]
+
+
+@dataclass
+class LlavaConfig:
+    """A checkpoint's config.json, its defaults filled in."""
+
+    vision: CLIPVisionConfig
+    text: LlamaConfig
+    style: str  # the chat format: "llava", "bakllava" or "vip"
+    vision_layers: list[int]  # which of the tower's hidden states the projector reads, concatenated in this order
+    keep_cls: bool  # strategy "full": the class token is a feature too; "default": patches only
+    projector_layernorm_eps: float | None  # None: no LayerNorm (LLaVA); ViP-LLaVA has one
+    projector_bias: bool
+    image_id: int
+    pad_id: int
+    eos_ids: tuple[int, ...]
+
+    def __post_init__(self):
+        depth = self.vision.num_hidden_layers
+        if bad := [k for k in self.vision_layers if not -depth - 1 <= k <= depth]:
+            raise ValueError(
+                f"vision_feature_layer is {self.vision_layers}, but vision layer {bad[0]} does not exist: "
+                f"the tower has hidden states 0 to {depth}, or -{depth + 1} to -1"
+            )
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        """Read config.json. Raises FileNotFoundError or ValueError for what is missing, not a LLaVA or not supported."""
+        folder = Path(folder)
+        raw = read_json(folder / "config.json")
+
+        def checked(name, value, fits, expected):
+            if not fits:
+                raise ValueError(f"{folder}: config.json has {name} {value!r}; expected {expected}")
+            return value
+
+        family = raw.get("model_type")
+        if "mm_vision_tower" in raw:
+            raise ValueError(f"{folder} is in the original authors' layout; take the conversion, like llava-hf/llava-1.5-7b-hf")
+        checked("model_type", family, family in ("llava", "vipllava"), "'llava' or 'vipllava'")
+        vip = family == "vipllava"
+        parts = [checked(name, raw.get(name), isinstance(raw.get(name), dict | None), "an object") for name in ("vision_config", "text_config")]
+        vision, text = parts[0], parts[1] or {}
+        for name, only in (("projector_hidden_act", "gelu"), ("image_grid_pinpoints", None)):
+            checked(name, raw.get(name, only), raw.get(name, only) == only, f"{only!r}, no other is supported")
+        strategy = "default" if vip else raw.get("vision_feature_select_strategy", "default")
+        checked("vision_feature_select_strategy", strategy, strategy in ("default", "full"), "'default' or 'full'")
+
+        layers = raw.get("vision_feature_layers", raw.get("vision_feature_layer", VIP_LAYERS if vip else -2))
+        layers = layers if isinstance(layers, list) else [layers]
+        checked("vision_feature_layer", layers, layers and _whole(*layers), "a layer or a list of them")
+        image_id = raw.get("image_token_index", raw.get("image_token_id", 32000))
+        checked("image_token_index", image_id, _whole(image_id) and image_id >= 0, "a token id")
+        bias = raw.get("multimodal_projector_bias", True)
+        checked("multimodal_projector_bias", bias, type(bias) is bool, "true or false")
+        tied = raw.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)
+        checked("tie_word_embeddings", tied, type(tied) is bool, "true or false")
+
+        generation = folder / "generation_config.json"
+        ids = {**text, **raw, **(read_json(generation) if generation.is_file() else {})}
+        eos, pad = ids.get("eos_token_id", 2), ids.get("pad_token_id")
+        eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+        checked("eos_token_id", eos, _whole(*eos_ids), "a token id, a list of them or null")
+        checked("pad_token_id", pad, pad is None or _whole(pad), "a token id or null")
+        return cls(
+            vision=CLIPVisionConfig.from_dict(VIT_L_14_336 if vision is None else vision),
+            text=LlamaConfig.from_dict({**text, "tie_word_embeddings": tied}),
+            style="vip" if vip else "bakllava" if text.get("model_type") == "mistral" else "llava",
+            vision_layers=layers,
+            keep_cls=strategy == "full",
+            projector_layernorm_eps=raw.get("projector_layernorm_eps", 1e-5) if vip else None,
+            projector_bias=bias,
+            image_id=image_id,
+            pad_id=pad if pad is not None and pad >= 0 else eos_ids[0] if eos_ids else 0,
+            eos_ids=eos_ids,
+        )
+
+    @property
+    def features_per_image(self):
+        """How many tokens of the language model a picture takes: 24 × 24 = 576 for LLaVA-1.5."""
+        return self.vision.num_patches + self.keep_cls
+
+
+def _whole(*values):
+    return all(type(value) is int for value in values)  # JSON's true is no number, though Python's is

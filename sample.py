@@ -2,7 +2,7 @@
 
     python sample.py                                              # the bundled picture, question and model
     python sample.py --image photo.jpg "What is in this picture?" --model llava-hf/llava-1.5-7b-hf
-    python sample.py --image photo.jpg --chat                     # several turns; Ctrl-D or Ctrl-C leaves
+    python sample.py --image photo.jpg --model … --chat           # several turns; Ctrl-D or Ctrl-C leaves
 
 The answer, and nothing else, goes to standard output; what is loaded, timings and errors go to standard error.
 """
@@ -31,15 +31,15 @@ def parse_arguments():
     parser.error = fail  # one line, without the usage
     parser.add_argument("question", nargs="?", metavar="QUESTION", help=f'the question; "-" reads it from standard input ["{QUESTION}"]')
     parser.add_argument("--model", help="checkpoint folder, or name on the Hugging Face hub [the bundled tiny/llava]")
-    parser.add_argument("--image", action="append", metavar="FILE", help="a picture; may be repeated [with the bundled model: its picture]")
+    parser.add_argument("--image", action="append", metavar="FILE", help="a picture; may be repeated [the bundled one, if the model is too or nothing is asked]")
     parser.add_argument("--chat", action="store_true", help="go on asking: one question a line")
     parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="length of an answer at the most [512]")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: the likeliest word each time; higher: more varied [0]")
-    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens only")
-    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that together have probability P")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens only (at a temperature above 0)")
+    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that together have probability P (likewise)")
     parser.add_argument("--seed", type=int, help="makes the draws repeatable")
     parser.add_argument("--system", metavar="TEXT", help="a system sentence in place of the model's own")
-    parser.add_argument("--device", default="auto", help="cuda, mps or cpu [the first of them that is there]")
+    parser.add_argument("--device", default="auto", help="cuda (or cuda:1 …), mps or cpu [the first of them that is there]")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="[what is fast on the device]")
     parser.add_argument("--pad", action="store_true", help="pad pictures to a square instead of cropping them")
     parser.add_argument("--show-prompt", action="store_true", help="also print the exact prompt and its ids to standard error")
@@ -55,11 +55,13 @@ def fail(message):
 def choose_device(name):
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind = name.partition(":")[0]
-    if kind not in ("cuda", "mps", "cpu"):
-        raise ValueError(f"--device {name}: expected cuda, mps or cpu")
-    if kind == "cuda" and not torch.cuda.is_available() or kind == "mps" and not torch.backends.mps.is_available():
-        raise ValueError(f"--device {name}: PyTorch sees no such device here; leave the option out to use what there is")
+    kind, _, index = name.partition(":")
+    if kind not in ("cuda", "mps", "cpu") or not (index.isdecimal() or name == kind):
+        raise ValueError(f"--device {name}: expected cuda, cuda:1 …, mps or cpu")
+    there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}[kind]
+    if int(index or 0) >= there:
+        why = f"; this PyTorch ({torch.__version__}) is built without CUDA" if kind == "cuda" and torch.version.cuda is None else ""
+        raise ValueError(f"--device {name}: PyTorch sees {there} such devices here{why}")
     return name
 
 
@@ -107,13 +109,17 @@ def load(args, pictures):
     weights = parameters * dtype.itemsize
     cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * tokens * dtype.itemsize
     print(
-        f"{args.model or 'tiny/llava'}: {parameters / 1e6:,.1f} M parameters on {device} in {str(dtype)[6:]}, "
+        f"{args.model or 'tiny/llava, which knows drawn shapes only'}: {parameters / 1e6:,.1f} M parameters on {device} in {str(dtype)[6:]}, "
         f"{size(weights)} of weights and {size(cache)} of cache for {tokens} tokens",
         file=sys.stderr,
     )
     free = free_memory(device)
     if free is not None and weights + cache > free:
-        raise ValueError(f"{device} has {size(free)} free, {size(weights + cache)} are needed; use a smaller --dtype or --max-new-tokens")
+        if weights < free:
+            hint = "ask without --chat" if args.chat else "use a smaller --max-new-tokens"
+        else:
+            hint = "use --dtype bfloat16" if dtype == torch.float32 else "use a smaller model" + " or --device cpu" * (device != "cpu")
+        raise ValueError(f"{device} has {size(free)} free, {size(weights + cache)} are needed; {hint}")
     chat = Chat.from_pretrained(folder, device, dtype)
     chat.system, chat.pad = args.system, args.pad
     return chat
@@ -160,11 +166,12 @@ def main():
     try:
         if args.question == "-":
             args.question = sys.stdin.read().strip()
-        if args.question is None and not args.chat:
+        nothing_asked = args.question is None and not args.chat
+        if nothing_asked:
             args.question = QUESTION
         if args.question == "":
             raise ValueError("the question is empty")
-        files = args.image or ([] if args.model else [BUNDLED_PICTURE])
+        files = args.image or ([BUNDLED_PICTURE] if nothing_asked or not args.model else [])  # else text alone
         images = [open_image(file) for file in files]
         chat = load(args, len(images))
         if args.chat:
@@ -176,7 +183,7 @@ def main():
             sys.exit(0)
         fail(error)
     except (torch.OutOfMemoryError, MemoryError):
-        fail("the device ran out of memory; use a smaller --dtype, or --device cpu")
+        fail("the device ran out of memory; use a 16-bit --dtype, fewer pictures or --device cpu")
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(0 if args.chat else 130)

@@ -142,8 +142,8 @@ def chat_prompt(messages, style):
     style: "llava", "bakllava" or "vip".
 
     What a user types is text and nothing else. So a text that holds a special token's literal ("<image>", "</s>") or, in
-    a user's or the system's words, a mark that starts a turn ("ASSISTANT:", "###") is a ValueError: nothing the model
-    reads as the plain text could be put in its place. A message out of turn is a ValueError too.
+    a user's or the system's words, a mark that starts a turn ("ASSISTANT:", "###") is a ValueError: the tokenizer has no
+    way to spell such a literal as plain text. A message out of turn is a ValueError too.
     """
     if style not in STYLES:
         raise ValueError(f"chat style is {style!r}; expected one of {', '.join(STYLES)}")

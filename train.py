@@ -7,7 +7,8 @@ The vision tower stays frozen. Only what the assistant says is learnt, with the 
 of {"image": file, "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": …}, …]};
 a record without "image" is text alone. The result is a checkpoint folder like the one started from.
 
-A run that was killed goes on where its last state was saved when the same command is given again.
+A run that was killed goes on where its last state was saved when the same command is given again; one that has finished
+is not begun anew.
 """
 
 import argparse
@@ -59,8 +60,14 @@ class Conversations(Dataset):
     """The records of a data file, encoded; a picture is opened when its record is asked for."""
 
     def __init__(self, path, images, tokenizer, style, max_length, features_per_image):
+        try:
+            records = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from None
+        if not isinstance(records, list):
+            raise ValueError(f"{path} holds a {type(records).__name__}; expected a list of conversations")
         self.examples, left_out = [], []
-        for record in json.loads(Path(path).read_text(encoding="utf-8")):
+        for n, record in enumerate(tqdm(records, desc="reading", unit="conversation", delay=1, disable=None)):
             try:
                 ids, labels = encode_conversation(record, tokenizer, style)
                 count = ids.count(tokenizer.image_id)
@@ -70,10 +77,11 @@ class Conversations(Dataset):
                 ids, labels = ids[:room], labels[:room]
                 if set(labels) == {IGNORED}:
                     raise ValueError(f"record {record.get('id')!r} has no answer within {max_length} tokens")
+                self.examples.append((ids, labels, Path(images) / record["image"] if count else None))
             except ValueError as error:
                 left_out.append(str(error))
-                continue
-            self.examples.append((ids, labels, Path(images) / record["image"] if count else None))
+            except (KeyError, TypeError, AttributeError) as error:
+                left_out.append(f"record {n + 1} is no conversation ({error!r})")
         if left_out:
             print(f"{len(left_out)} records left out, the first because: {left_out[0]}", file=sys.stderr)
         if not self.examples:
@@ -171,6 +179,8 @@ def train(args):
     steps, peak = math.ceil(len(batches) / args.accumulate), args.lr or (1e-3 if args.stage == 1 else 2e-5)
     args.out.mkdir(parents=True, exist_ok=True)
     state_file, step = args.out / "training-state.pt", 0
+    if (args.out / "model.safetensors").is_file():
+        raise ValueError(f"{args.out} holds a finished checkpoint; remove it, or give another --out")
     if state_file.is_file():
         state = torch.load(state_file, map_location=args.device)
         if state["steps"] != steps or state["seed"] != args.seed:
@@ -191,12 +201,11 @@ def train(args):
     while step < steps:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak, args.warmup)
-        group_of = batches[step * args.accumulate : (step + 1) * args.accumulate]
-        total = 0.0
-        for _ in group_of:
+        passes, total = len(batches[step * args.accumulate : (step + 1) * args.accumulate]), 0.0
+        for _ in range(passes):
             ids, labels, pixels = next(loader)
             with autocast:
-                loss = model(ids, pixels, labels=labels).loss / len(group_of)
+                loss = model(ids, pixels, labels=labels).loss / passes
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

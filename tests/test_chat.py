@@ -6,6 +6,7 @@ from PIL import Image
 
 from clip import open_image
 from llava import Chat
+from tokenizer import expand_images
 
 PICTURE = "tiny/example.png"
 
@@ -59,8 +60,9 @@ def assert_close(a, b):
 def test_the_second_turn_computes_only_what_is_new_and_equals_a_cold_start(chat, seen):
     first = "".join(chat.ask("Describe the picture.", [open_image(PICTURE)]))
     assert first.endswith(".") and seen["pictures"] == [1]
-    prompt = chat.tokenizer.encode(chat.prompt("How many things are there?"))
-    held = len(chat._cached)
+    config = chat.model.config
+    prompt = expand_images(chat.tokenizer.encode(chat.prompt("How many things are there?")), config.image_id, config.features_per_image)
+    held = int(chat._cache.length)
     expected = cold_start(chat, "How many things are there?")
     clear(seen)
     "".join(chat.ask("How many things are there?"))
@@ -132,3 +134,10 @@ def test_a_system_sentence_is_read(chat):
     chat.system = "Be brief."
     assert chat.prompt("Hi").startswith("Be brief. USER: Hi")
     chat.system = None
+
+
+@pytest.mark.parametrize("images", [Image.new("RGB", (9, 9)), "photo.jpg", ["photo.jpg"], [None]])
+def test_what_is_not_a_list_of_pictures(chat, images):
+    with pytest.raises(ValueError, match="expected a list of PIL pictures"):
+        chat.ask("Describe the picture.", images)
+    assert chat.messages == []

@@ -6,8 +6,11 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
+
+from tiny.world import QUESTIONS, example, make_scene
 
 README = Path("README.md").read_text(encoding="utf-8")
 FILES = re.findall(r"^\| `([\w/]+\.py)` \| .+ \| (\d+) \|$", README, re.M)
@@ -31,6 +34,25 @@ def test_line_counts(file, lines):
 def test_quoted_outputs(command, output):
     done = subprocess.run([sys.executable, *shlex.split(command)], capture_output=True, text=True, timeout=120)
     assert done.stdout == output
+
+
+def test_python_runs():
+    (code,) = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+    names = {}
+    exec(code, names)
+    assert names["to_picture"].shape[1:] == (8, 8) and names["to_picture"].sum() > 0
+
+
+def test_question_examples_are_questions_of_the_world():
+    examples = re.findall(r'"([^"]+)"', re.search(r"of which these are examples: (.*?)\n\n", README, re.S)[1].replace("\n", " "))
+    asked = set()
+    for n in range(4000):
+        random = Random(n)
+        for kind, ask in QUESTIONS.items():
+            if turn := ask(example()[0] if n % 2 else make_scene(random), random):
+                asked.add((kind, turn[0]))
+    kinds = [kind for example in examples for kind, question in asked if question == example]
+    assert sorted(kinds) == sorted(QUESTIONS)
 
 
 def test_linked_files_exist(pytestconfig):

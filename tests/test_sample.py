@@ -74,6 +74,26 @@ def test_sampling_options_and_a_seed():
     assert first == again != other
 
 
+@pytest.mark.parametrize("arguments, pictures", [([], 1), (["Hi."], 0), (["--image", "tiny/example.png", "Hi."], 1)])
+def test_another_model_gets_the_bundled_picture_only_when_nothing_is_asked(arguments, pictures):
+    _, _, err = sample("--model", "tiny/llava", "--show-prompt", "--max-new-tokens", "1", *arguments)
+    assert err.count("<image>") == pictures
+
+
+@pytest.mark.parametrize(
+    "free, arguments, hint",
+    [(1e6, [], "--dtype bfloat16"), (12.6e6, [], "--max-new-tokens"), (12.6e6, ["--chat"], "without --chat"), (1e6, ["--dtype", "float16"], "model")],
+)
+def test_what_helps_when_memory_is_short(free, arguments, hint, monkeypatch, capsys):
+    import sample as module
+
+    monkeypatch.setattr(sys, "argv", ["sample.py", *arguments])
+    monkeypatch.setattr(module, "free_memory", lambda device: free)
+    with pytest.raises(SystemExit, match="2"):
+        module.main()
+    assert hint in capsys.readouterr().err
+
+
 def test_several_pictures_take_several_places():
     _, _, err = sample("--image", "tiny/example.png", "--image", "tiny/example.png", "--show-prompt", "Describe the picture.")
     assert r"USER: <image>\n<image>\nDescribe" in err
@@ -91,6 +111,7 @@ MISTAKES = {
     "no such picture": (["--image", "nothing.png"], "nothing.png: no such picture"),
     "not a picture": (["--image", "README.md"], "README.md is not a picture"),
     "no such device": (["--device", "abacus"], "--device abacus"),
+    "not that many devices": (["--device", "cpu:1"], "--device cpu:1: PyTorch sees 1"),
     "negative temperature": (["--temperature", "-1"], "temperature is -1.0"),
     "no tokens": (["--max-new-tokens", "0"], "max_new_tokens is 0"),
     "top-p over one": (["--temperature", "1", "--top-p", "1.5"], "top_p is 1.5"),

@@ -68,10 +68,18 @@ def test_a_record_that_is_no_conversation_is_an_error(bad):
 def test_records_that_cannot_be_used_are_left_out_and_counted(tmp_path, capsys):
     good, without_answer = record("<image>\nHi", "Yes."), record("<image>\nHi" + " there" * 200, "Yes.")
     no_picture = {**record("Hi", "Yes."), "id": "lost"}
-    (tmp_path / "data.json").write_text(json.dumps([good, without_answer, no_picture]))
+    damaged = [{}, 3, {"conversations": [{"from": "human"}]}, {"conversations": None}, {**good, "image": ["x.png"]}]
+    (tmp_path / "data.json").write_text(json.dumps([good, without_answer, no_picture, *damaged]))
     data = train.Conversations(tmp_path / "data.json", tmp_path, Tokenizer.from_pretrained(TINY), "llava", 200, 64)
     assert len(data) == 1
-    assert "2 records left out" in capsys.readouterr().err
+    assert "7 records left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content, message", [("[{", "data.json is not valid JSON"), ("{}", "holds a dict"), ("[]", "no conversation")])
+def test_a_data_file_that_is_none(content, message, tmp_path):
+    (tmp_path / "data.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        train.Conversations(tmp_path / "data.json", tmp_path, Tokenizer.from_pretrained(TINY), "llava", 200, 64)
 
 
 def test_padding_on_the_right_changes_no_loss():
@@ -146,6 +154,14 @@ def test_a_killed_run_resumes_and_ends_the_same(monkeypatch, data, tmp_path, cap
     whole, killed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
     assert not (tmp_path / "killed" / "training-state.pt").exists()
+
+
+def test_a_finished_run_is_not_begun_anew(monkeypatch, data, tmp_path):
+    run(monkeypatch, data, tmp_path, stage=1)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(SystemExit, match="holds a finished checkpoint"):
+        run(monkeypatch, data, tmp_path, stage=1)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
 def test_the_state_of_another_run_is_refused(monkeypatch, data, tmp_path):

@@ -126,11 +126,11 @@ def as_tokenizer_json(model, special_tokens):
         splits = [(piece[:k], piece[k:]) for k in range(1, len(piece))]
         splits = [(left, right) for left, right in splits if left in pieces and right in pieces]
         merges += sorted(splits, key=lambda split: (pieces[split[0]], pieces[split[1]]))
-    replace = lambda old, new: {"type": "Replace", "pattern": {"String": old}, "content": new}
+    swap = lambda old, new: {"type": "Replace", "pattern": {"String": old}, "content": new}
     return {
         "version": "1.0",
         "added_tokens": [{"id": i, **token} for i, token in special_tokens.items()],
-        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace(" ", "▁")]},
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, swap(" ", "▁")]},
         "pre_tokenizer": None,
         "post_processor": {
             "type": "TemplateProcessing",
@@ -141,7 +141,7 @@ def as_tokenizer_json(model, special_tokens):
         },
         "decoder": {
             "type": "Sequence",
-            "decoders": [replace("▁", " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
+            "decoders": [swap("▁", " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
             + [{"type": "Strip", "content": " ", "start": 1, "stop": 0}],
         },
         "model": {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True, "vocab": pieces, "merges": merges},
@@ -149,8 +149,9 @@ def as_tokenizer_json(model, special_tokens):
 
 
 def initialise(module):
-    """Weights that keep a vector's length, those that end a residual branch smaller, by the number of branches. The
-    position of a patch starts as loud as its colour: a pale ground would drown it otherwise."""
+    """Weights of standard deviation 1/√fan-in, so that a layer keeps a vector's length; for those that end a residual
+    branch 1/√(fan-in · branches), so that the sum does too. The position of a patch starts about as long as the embedding
+    of its colours: a pale ground would drown it otherwise."""
     branches = 2 * len(module.layers)
     for name, parameter in module.named_parameters():
         if name.endswith("bias"):
@@ -208,7 +209,7 @@ def train_clip(tokenizer, processor, steps, batch, seed):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, 2e-3, 0.05)
         random = Random(f"{seed} clip {step}")
-        most = 1 + 4 * step // steps  # one thing a picture at first: what tells shapes apart is learnt fastest there
+        most = 1 + 5 * step // steps  # one thing a picture at first: what tells shapes apart is learnt fastest there
         scenes = [scene for _ in range(batch // VARIANTS) for scene in near_scenes(random, most)]
         pixels = processor([draw(scene, random) for scene in scenes])
         captions = [tokenizer.encode(describe(scene)) for scene in scenes]
@@ -251,7 +252,7 @@ def train_language_model(tokenizer, steps, batch, seed):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("tiny/build/base"))
-    parser.add_argument("--clip-steps", type=int, default=1600)
+    parser.add_argument("--clip-steps", type=int, default=3500)
     parser.add_argument("--clip-batch", type=int, default=128)
     parser.add_argument("--llama-steps", type=int, default=300)
     parser.add_argument("--llama-batch", type=int, default=32)

@@ -79,8 +79,8 @@ def outline(kind, radius):
         angles, radii = [36 * k - 90 for k in range(10)], [radius * 1.2, radius * 0.5]
     else:  # a cross
         arm = radius * 0.36
-        long = [(radius, -arm), (radius, arm), (arm, arm)]  # a quarter of it; the others are its turns by 90°
-        return [p for x, y in [(0, 1)] for turn in range(4) for p in (_turn(x0, y0, 90 * turn) for x0, y0 in long)]
+        quarter = [(radius, -arm), (radius, arm), (arm, arm)]
+        return [_turn(x, y, 90 * turn) for turn in range(4) for x, y in quarter]
     return [_turn(radii[k % len(radii)], 0, angle) for k, angle in enumerate(angles)]
 
 
@@ -274,7 +274,7 @@ def write(folder, count, seed):
         draw(scene, random).save(folder / file)
         align.append(llava_record(name, file, [ask_description(scene, random)]))
         instruct.append(llava_record(name, file, conversation(scene, random)))
-    (folder / "align.json").write_text(json.dumps(align[: count // 4]))
+    (folder / "align.json").write_text(json.dumps(align[: count // 8]))  # enough for a projector
     (folder / "instruct.json").write_text(json.dumps(instruct))
 
 
@@ -302,7 +302,7 @@ def example():
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("tiny/data"))
-    parser.add_argument("--count", type=int, default=30000, help="pictures to draw")
+    parser.add_argument("--count", type=int, default=64000, help="pictures to draw")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     write(args.out, args.count, args.seed)
