@@ -75,7 +75,7 @@ def read_json(path):
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path.parent} has no {path.name}: it must hold a whole Hugging Face checkpoint") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are kinds of ValueError
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds a {type(raw).__name__}; expected a JSON object")
@@ -158,12 +158,20 @@ def fill(model, stored, device, dtype):
         setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
 
 
-def save_checkpoint(model, source, out, dtype):
-    """Write the model in the published layout, with the other files of the folder `source` beside it, into `out`."""
-    tensors = {published_name(name): parameter.detach().to("cpu", dtype) for name, parameter in model.named_parameters()}
+def save_checkpoint(model, source, out, dtype, unchanged=None):
+    """Write the model in the published layout, with the other files of the folder `source` beside it, into `out`.
+
+    unchanged: {our name: Stored}, tensors to copy as they are stored, in place of the model's.
+    """
+    unchanged = unchanged or {}
+    tensors = {
+        published_name(name): unchanged[name].read() if name in unchanged else parameter.detach().to("cpu", dtype)
+        for name, parameter in model.named_parameters()
+    }
     out.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
-        if file.suffix in (".json", ".jinja", ".model") and not file.name.endswith(".index.json") and source != out:
+        copied = file.suffix in (".json", ".jinja", ".model") and not file.name.endswith(".index.json")
+        if copied and source.resolve() != out.resolve():
             shutil.copyfile(file, out / file.name)
     partial = out / "model.safetensors.partial"  # put in place when whole: a run may be killed at any moment
     save_file(tensors, partial, metadata={"format": "pt"})

@@ -184,21 +184,23 @@ class ImageProcessor:
 
     @classmethod
     def from_pretrained(cls, folder):
-        """Read preprocessor_config.json, or the `image_processor` part of the newer processor_config.json."""
+        """Read the `image_processor` part of processor_config.json or, in older checkpoints, preprocessor_config.json."""
         folder = Path(folder)
-        for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+        for name, key in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
             path = folder / name
             if not path.is_file():
                 continue
             try:
                 raw = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are kinds of it
+            except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are kinds of ValueError
                 raise ValueError(f"{path} is not valid JSON: {error}") from None
+            if isinstance(raw, dict) and key is not None:
+                if key not in raw:
+                    continue
+                raw = raw[key]
             if not isinstance(raw, dict):
-                raise ValueError(f"{path} holds a {type(raw).__name__}; expected a JSON object")
-            if key is None or key in raw:
-                raw = raw if key is None else raw[key]
-                break
+                raise ValueError(f"{path} holds a {type(raw).__name__}{f' for {key}' * (key is not None)}; expected a JSON object")
+            break
         else:
             raise FileNotFoundError(f"{folder} has no preprocessor_config.json: it must hold a whole Hugging Face checkpoint")
         fixed = dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"), True)
@@ -263,7 +265,7 @@ class ImageProcessor:
 
 def to_rgb(image):
     """Transparent pictures are laid on white (their hidden colours are arbitrary); every other mode is converted."""
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
+    if "A" in image.getbands() or isinstance(image.info.get("transparency"), int | bytes | tuple):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255)), image)
     return image.convert("RGB")

@@ -79,8 +79,11 @@ class Llava(nn.Module):
         """
         folder = checkpoint_folder(folder_or_hub_name)
         config, stored = LlavaConfig.from_pretrained(folder), read_headers(folder)
-        if config.text.tie_word_embeddings:
-            stored.pop("language_model.lm_head.weight", None)
+        head, embeddings = (stored.get(f"language_model.{name}.weight") for name in ("lm_head", "embed_tokens"))
+        if config.text.tie_word_embeddings and head and embeddings:  # both stored: tied if they are equal, as in transformers
+            config.text.tie_word_embeddings = head.shape == embeddings.shape and torch.equal(head.read(), embeddings.read())
+            if config.text.tie_word_embeddings:
+                stored.pop("language_model.lm_head.weight")
         # ViP-7B's published config has a stale `vision_feature_layer: -2`, but its projector has the width of five layers.
         width = stored["projector.linear_1.weight"].shape[-1] if "projector.linear_1.weight" in stored else 0
         if config.style == "vip" and len(config.vision_layers) == 1 and width == len(VIP_LAYERS) * config.vision.hidden_size:
@@ -154,6 +157,7 @@ class Llava(nn.Module):
 
         states, maps = [] if output_hidden_states else None, [] if output_attentions else None
         mask = None if attention_mask is None else attention_mask.to(self.device, torch.bool)
+        positions = None if positions is None else positions.to(self.device)
         x = self.language_model(inputs_embeds.to(self.device, self.dtype), mask, positions, cache, states, maps)
         logits = self.language_model.lm_head(x)
         loss = None
@@ -245,16 +249,7 @@ class Llava(nn.Module):
         Ends after max_new_tokens, when every row has ended, or where the context or the cache is full.
         Raises ValueError at once, not at the first step.
         """
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
-        if not temperature >= 0:
-            raise ValueError(f"temperature is {temperature}; expected 0 (greedy) or more")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k is {top_k}; expected at least 1")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise ValueError(f"top_p is {top_p}; expected more than 0 and at most 1")
-        if seed is not None and not 0 <= seed < 2**63:
-            raise ValueError(f"seed is {seed}; expected 0 to 2^63 - 1")
+        _check_options(max_new_tokens, temperature, top_k, top_p, seed)
         eos = torch.tensor(self.config.eos_ids if eos_ids is None else list(eos_ids), dtype=torch.long, device=self.device)
         random = None if seed is None else torch.Generator(self.device).manual_seed(seed)
 
@@ -279,7 +274,10 @@ class Llava(nn.Module):
         alive = torch.ones(len(x), dtype=torch.bool, device=x.device)
         for step in range(steps):
             x = self.language_model(x, mask, cache=cache)[:, -1]  # (B, D): only the last position needs logits
-            token = torch.where(alive, choose(self.language_model.lm_head(x)), self.config.pad_id)  # (B,)
+            logits = self.language_model.lm_head(x)  # (B, vocabulary)
+            if step == 0 and not logits.isfinite().all():
+                raise ValueError(f"the logits are not finite: weights are damaged, or too large for {self.dtype}; try another dtype")
+            token = torch.where(alive, choose(logits), self.config.pad_id)  # (B,)
             alive = alive & ~torch.isin(token, eos)
             yield token
             if step + 1 == steps or not alive.any():
@@ -293,6 +291,19 @@ def _check_shapes(shape, **values):
             raise ValueError(f"{name} is {tuple(value.shape)}; expected {tuple(shape)}, one for each new token")
 
 
+def _check_options(max_new_tokens, temperature, top_k, top_p, seed):
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+    if not temperature >= 0:
+        raise ValueError(f"temperature is {temperature}; expected 0 (greedy) or more")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k}; expected at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; expected more than 0 and at most 1")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed}; expected 0 to 2^63 - 1")
+
+
 def _check_ids(name, ids, vocabulary):
     if ids.numel() and not 0 <= ids.min() <= ids.max() < vocabulary:
         raise ValueError(f"{name} run from {ids.min()} to {ids.max()}; the vocabulary has {vocabulary} rows")
@@ -302,7 +313,8 @@ def sample(logits, temperature, top_k, top_p, random):
     """One id for each row of logits (B, vocabulary): (B,). Temperature first, then top-k, then top-p, as everywhere."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)  # the likeliest at 0, the others far below
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -310,6 +322,7 @@ def sample(logits, temperature, top_k, top_p, random):
         ordered, index = logits.sort(descending=True)
         probabilities = ordered.softmax(-1)
         likelier = probabilities.cumsum(-1) - probabilities  # what all tokens before this one sum to
+        likelier[:, 0] = -1  # the likeliest stays, however small top_p is
         logits = logits.scatter(-1, index, ordered.masked_fill(likelier >= top_p, -torch.inf))
     return torch.multinomial(logits.softmax(-1), 1, generator=random)[:, 0]
 
@@ -325,6 +338,7 @@ class Chat:
         self.model, self.tokenizer, self.processor = model, tokenizer, processor
         self.system = None  # a system sentence; None: the style's own
         self.pad = False  # pad pictures to a square instead of cropping them
+        self._turn = None  # the answer that is being given
         self.reset()
 
     @classmethod
@@ -342,9 +356,15 @@ class Chat:
 
     def reset(self):
         """Start a new conversation."""
+        self._end_turn()
         self.messages, self.images = [], []  # every turn so far; the pictures of all turns, in order
         self._cache, self._cached = None, []  # the KV cache, and the id in each of its slots
-        self._turn = None  # the answer that is being given
+
+    def _end_turn(self):
+        """An answer that its reader left unfinished ends here, and enters the conversation as far as it was read."""
+        if self._turn is not None:
+            self._turn.close()
+        self._turn = None
 
     def prompt(self, question, images=()):
         """The exact text the model would read for the next question: the whole conversation up to the answer."""
@@ -361,8 +381,8 @@ class Chat:
         model, config, P = self.model, self.model.config, self.model.config.features_per_image
         if not isinstance(images, list | tuple) or not all(isinstance(image, Image.Image) for image in images):
             raise ValueError(f"images are {type(images).__name__}; expected a list of PIL pictures (clip.open_image opens a file)")
-        if self._turn is not None:
-            self._turn.close()  # an answer that its reader left unfinished ends here
+        _check_options(max_new_tokens, temperature, top_k, top_p, seed)
+        self._end_turn()
         prompt = expand_images(self.tokenizer.encode(self.prompt(question, images)), config.image_id, P)
 
         # Keep the cache as far as it agrees with this prompt; the last token is always computed, for its logits.
@@ -405,8 +425,8 @@ class Chat:
             if ids:
                 content = [{"type": "image"} for _ in images] + [{"type": "text", "text": question}]
                 said = "".join(answer)
-                for literal in SPECIAL_LITERALS:  # spelt out by the model, it would be read as the token next time
-                    said = said.replace(literal, "")
+                while found := [literal for literal in SPECIAL_LITERALS if literal in said]:
+                    said = said.replace(found[0], "")  # spelt out by the model, it would be read as the token next time
                 self.messages += [{"role": "user", "content": content}, {"role": "assistant", "content": said}]
                 self.images += images
 
@@ -462,32 +482,43 @@ class LlavaConfig:
         strategy = "default" if vip else raw.get("vision_feature_select_strategy", "default")
         checked("vision_feature_select_strategy", strategy, strategy in ("default", "full"), "'default' or 'full'")
 
-        layers = raw.get("vision_feature_layers", raw.get("vision_feature_layer", VIP_LAYERS if vip else -2))
+        layers = raw.get("vision_feature_layer", VIP_LAYERS if vip else -2)
+        layers = raw.get("vision_feature_layers", layers) if vip else layers  # published in both spellings
         layers = layers if isinstance(layers, list) else [layers]
         checked("vision_feature_layer", layers, layers and _whole(*layers), "a layer or a list of them")
         image_id = raw.get("image_token_index", raw.get("image_token_id", 32000))
         checked("image_token_index", image_id, _whole(image_id) and image_id >= 0, "a token id")
-        bias = raw.get("multimodal_projector_bias", True)
+        bias = True if vip else raw.get("multimodal_projector_bias", True)
         checked("multimodal_projector_bias", bias, type(bias) is bool, "true or false")
+        eps = raw.get("projector_layernorm_eps", 1e-5)
+        checked("projector_layernorm_eps", eps, type(eps) in (int, float) and 0 < eps < 1, "a number between 0 and 1")
         tied = raw.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)
         checked("tie_word_embeddings", tied, type(tied) is bool, "true or false")
 
-        generation = folder / "generation_config.json"
-        ids = {**text, **raw, **(read_json(generation) if generation.is_file() else {})}
-        eos, pad = ids.get("eos_token_id", 2), ids.get("pad_token_id")
+        path = folder / "generation_config.json"
+        generation = read_json(path) if path.is_file() else {}
+
+        def first(name, default):  # of what the files say; null if that is all they say
+            said = [part[name] for part in (generation, raw, text) if name in part]
+            return next((value for value in said if value is not None), None if said else default)
+
+        eos, pad = first("eos_token_id", 2), first("pad_token_id", None)
         eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
         checked("eos_token_id", eos, _whole(*eos_ids), "a token id, a list of them or null")
         checked("pad_token_id", pad, pad is None or _whole(pad), "a token id or null")
+        text_config = LlamaConfig.from_dict({**text, "tie_word_embeddings": tied})
+        if pad is None or not 0 <= pad < text_config.vocab_size or pad == image_id:  # any other does: nothing looks at padding
+            pad = eos_ids[0] if eos_ids else 0
         return cls(
             vision=CLIPVisionConfig.from_dict(VIT_L_14_336 if vision is None else vision),
-            text=LlamaConfig.from_dict({**text, "tie_word_embeddings": tied}),
+            text=text_config,
             style="vip" if vip else "bakllava" if text.get("model_type") == "mistral" else "llava",
             vision_layers=layers,
             keep_cls=strategy == "full",
-            projector_layernorm_eps=raw.get("projector_layernorm_eps", 1e-5) if vip else None,
+            projector_layernorm_eps=eps if vip else None,
             projector_bias=bias,
             image_id=image_id,
-            pad_id=pad if pad is not None and pad >= 0 else eos_ids[0] if eos_ids else 0,
+            pad_id=pad,
             eos_ids=eos_ids,
         )
 

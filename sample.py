@@ -95,7 +95,7 @@ def size(bytes):
 
 def load(args, pictures):
     """The chat, after one line that says what it will take, and an error if the device has not got it."""
-    folder = checkpoint_folder(args.model or BUNDLED_MODEL)
+    folder = checkpoint_folder(BUNDLED_MODEL if args.model is None else args.model)
     config = LlavaConfig.from_pretrained(folder)
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in Llava(config).parameters())
@@ -171,7 +171,7 @@ def main():
             args.question = QUESTION
         if args.question == "":
             raise ValueError("the question is empty")
-        files = args.image or ([BUNDLED_PICTURE] if nothing_asked or not args.model else [])  # else text alone
+        files = args.image or ([BUNDLED_PICTURE] if nothing_asked or args.model is None else [])  # else text alone
         images = [open_image(file) for file in files]
         chat = load(args, len(images))
         if args.chat:
@@ -182,7 +182,9 @@ def main():
             sys.stderr.close()
             sys.exit(0)
         fail(error)
-    except (torch.OutOfMemoryError, MemoryError):
+    except (RuntimeError, MemoryError) as error:  # a GPU's torch.OutOfMemoryError and the CPU allocator's are RuntimeErrors
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
         fail("the device ran out of memory; use a 16-bit --dtype, fewer pictures or --device cpu")
     except KeyboardInterrupt:
         print(file=sys.stderr)

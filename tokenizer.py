@@ -20,12 +20,16 @@ class Tokenizer:
         """model: a SentencePieceProcessor; added: {literal: id} of the special tokens beyond its vocabulary."""
         self.model = model
         self.bos_id, self.eos_id = model.bos_id(), model.eos_id()
+        if min(model.unk_id(), self.bos_id, self.eos_id) < 0:
+            raise ValueError("the SentencePiece model lacks a token for the unknown, the beginning or the end; Llama's has all three")
         self.specials = {model.id_to_piece(i): i for i in (model.unk_id(), self.bos_id, self.eos_id)} | added
         missing = [literal for literal in ("<image>", "<pad>") if literal not in self.specials]
         if missing:
             raise ValueError(f"the tokenizer has no {' and no '.join(missing)} token; a LLaVA checkpoint adds both")
         self.image_id, self.pad_id = self.specials["<image>"], self.specials["<pad>"]
         self._special_ids = set(self.specials.values())
+        if len(self._special_ids) < len(self.specials):
+            raise ValueError(f"two special tokens have one id: {self.specials}")
         self._literals = re.compile("(" + "|".join(map(re.escape, self.specials)) + ")")
 
     @classmethod
@@ -48,10 +52,17 @@ class Tokenizer:
                     raw = json.loads((folder / name).read_text(encoding="utf-8"))
                     if name == "tokenizer_config.json":
                         raw = {token["content"]: int(i) for i, token in raw.get("added_tokens_decoder", {}).items()}
-                    added |= {literal: operator.index(i) for literal, i in raw.items()}
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                    for literal, i in raw.items():
+                        if not (isinstance(literal, str) and literal):
+                            raise ValueError(f"added token {i} is {literal!r}, not a text")
+                        added[literal] = operator.index(i)
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                     raise ValueError(f"{folder / name} is damaged, or not a tokenizer's: {error!r}") from None
         return cls(model, added)
+
+    def encode_more(self, text):
+        """Ids of a text that goes on in the middle of another: no BOS, and no leading space of SentencePiece's."""
+        return self.model.encode("\n" + text)[len(self.model.encode("\n")) :]  # a newline joins with nothing
 
     def encode(self, text):
         """Ids of a text, BOS first. A special token's literal in the text becomes its one id, `<image>` included.

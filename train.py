@@ -12,6 +12,7 @@ is not begun anew.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -24,7 +25,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from checkpoint import checkpoint_folder, save_checkpoint
+from checkpoint import checkpoint_folder, read_headers, save_checkpoint
 from clip import ImageProcessor, open_image
 from llava import IGNORED, Llava
 from tokenizer import STYLES, Tokenizer, chat_prompt
@@ -49,7 +50,10 @@ def encode_conversation(record, tokenizer, style):
         asked = chat_prompt(messages, style)
         messages.append({"role": "assistant", "content": gpt["value"]})
         answered = chat_prompt(messages, style)
-        prompt, answer = tokenizer.encode(asked[len(done) :])[1:], tokenizer.encode(answered[len(asked) + 1 :])[1:]
+        # "</s>" is a token, after which text begins anew; ViP-LLaVA's "###" is text, which goes on.
+        goes_on = done and STYLES[style]["end"] not in tokenizer.specials
+        prompt = tokenizer.encode_more(asked[len(done) :]) if goes_on else tokenizer.encode(asked[len(done) :])[1:]
+        answer = tokenizer.encode(answered[len(asked) + 1 :])[1:]  # its leading space is SentencePiece's own
         ids += prompt + answer
         labels += [IGNORED] * len(prompt) + answer
         done = answered
@@ -57,27 +61,33 @@ def encode_conversation(record, tokenizer, style):
 
 
 class Conversations(Dataset):
-    """The records of a data file, encoded; a picture is opened when its record is asked for."""
+    """The records of a data file, encoded; a picture is opened when its record is asked for.
 
-    def __init__(self, path, images, tokenizer, style, max_length, features_per_image):
+    `lengths` are in tokens, the features of a picture counted. with_picture: leave out records that have none.
+    """
+
+    def __init__(self, path, images, tokenizer, style, max_length, features_per_image, with_picture=False):
         try:
             records = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are kinds of ValueError
             raise ValueError(f"{path} is not valid JSON: {error}") from None
         if not isinstance(records, list):
             raise ValueError(f"{path} holds a {type(records).__name__}; expected a list of conversations")
-        self.examples, left_out = [], []
+        self.examples, self.lengths, left_out = [], [], []
         for n, record in enumerate(tqdm(records, desc="reading", unit="conversation", delay=1, disable=None)):
             try:
                 ids, labels = encode_conversation(record, tokenizer, style)
                 count = ids.count(tokenizer.image_id)
                 if count != ("image" in record):
                     raise ValueError(f"record {record.get('id')!r} has {count} <image> for {int('image' in record)} pictures")
-                room = max_length - count * (features_per_image - 1)  # what is longer is cut at its end
+                if with_picture and not count:
+                    raise ValueError(f"record {record.get('id')!r} has no picture for the projector to learn from")
+                room = max(0, max_length - count * (features_per_image - 1))  # what is longer is cut at its end
                 ids, labels = ids[:room], labels[:room]
-                if set(labels) == {IGNORED}:
-                    raise ValueError(f"record {record.get('id')!r} has no answer within {max_length} tokens")
+                if set(labels) <= {IGNORED} or ids.count(tokenizer.image_id) < count:
+                    raise ValueError(f"record {record.get('id')!r} has no answer to its picture within {max_length} tokens")
                 self.examples.append((ids, labels, Path(images) / record["image"] if count else None))
+                self.lengths.append(len(ids) + count * (features_per_image - 1))
             except ValueError as error:
                 left_out.append(str(error))
             except (KeyError, TypeError, AttributeError) as error:
@@ -91,8 +101,14 @@ class Conversations(Dataset):
         return len(self.examples)
 
     def __getitem__(self, index):
-        ids, labels, path = self.examples[index]
-        return ids, labels, None if path is None else open_image(path)
+        """(ids, labels, picture or None). In place of a record whose picture is missing or broken, the next one."""
+        for index in (*range(index, len(self)), *range(index)):
+            ids, labels, path = self.examples[index]
+            try:
+                return ids, labels, None if path is None else open_image(path)
+            except (ValueError, OSError) as error:
+                print(f"\n{error}; another record takes its place", file=sys.stderr)
+        raise ValueError("no picture of the data can be opened; see --images")
 
 
 def make_batches(lengths, size, epochs, seed):
@@ -107,9 +123,11 @@ def make_batches(lengths, size, epochs, seed):
     return batches
 
 
-def collate(examples, processor, pad_id, pad):
-    """A batch: ids and labels padded on the right. Nothing real comes after the padding, so causal attention needs no
-    mask to leave it out."""
+def collate(examples, processor, image_id, pad_id, features_per_image, pad):
+    """A batch: ids and labels, each `<image>` as many times as it has features, padded on the right. Nothing real comes
+    after the padding, so causal attention needs no mask to leave it out."""
+    stretch = lambda values, ids: [v for v, i in zip(values, ids) for v in [v] * (features_per_image if i == image_id else 1)]
+    examples = [(stretch(ids, ids), stretch(labels, ids), image) for ids, labels, image in examples]
     width = max(len(ids) for ids, _, _ in examples)
     ids = torch.tensor([ids + [pad_id] * (width - len(ids)) for ids, _, _ in examples])
     labels = torch.tensor([labels + [IGNORED] * (width - len(labels)) for _, labels, _ in examples])
@@ -138,53 +156,78 @@ def main():
     parser.add_argument("--data", type=Path, required=True, help="JSON list of conversations")
     parser.add_argument("--images", type=Path, required=True, help="folder that the records' image files are in")
     parser.add_argument("--out", type=Path, required=True, help="folder for the result, and for the state to resume from")
-    parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--batch-size", type=int, default=16, help="conversations in one forward pass")
-    parser.add_argument("--accumulate", type=int, default=1, help="forward passes for one step of the optimiser")
-    parser.add_argument("--lr", type=float, help="peak learning rate [LLaVA-1.5: 1e-3 in stage 1, 2e-5 in stage 2]")
+    parser.add_argument("--epochs", type=positive(int), default=1)
+    parser.add_argument("--batch-size", type=positive(int), default=16, help="conversations in one forward pass")
+    parser.add_argument("--accumulate", type=positive(int), default=1, help="forward passes for one step of the optimiser")
+    parser.add_argument("--lr", type=positive(float), help="peak learning rate [LLaVA-1.5: 1e-3 in stage 1, 2e-5 in stage 2]")
     parser.add_argument("--warmup", type=float, default=0.03, help="share of the steps")
-    parser.add_argument("--max-length", type=int, default=2048, help="tokens of a conversation, features of its picture included")
+    parser.add_argument("--max-length", type=positive(int), default=2048, help="tokens of a conversation, features of its picture included")
     parser.add_argument("--pad", action="store_true", help="pad pictures to a square, as the original does")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation; what is trained is float32")
     parser.add_argument("--workers", type=int, default=0, help="processes that read pictures")
-    parser.add_argument("--save-every", type=float, default=5, help="minutes between saved states")
+    parser.add_argument("--save-every", type=positive(float), default=5, help="minutes between saved states")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     try:
         train(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
+
+
+def positive(kind):
+    """A type for argparse: numbers above 0."""
+
+    def number(text):
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return value
+
+    return number
 
 
 def train(args):
     torch.manual_seed(args.seed)
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
     source, dtype = checkpoint_folder(args.model), getattr(torch, args.dtype)
+    if (args.out / "model.safetensors").is_file():
+        raise ValueError(f"{args.out} holds a finished checkpoint; remove it, or give another --out")
     tokenizer, processor = Tokenizer.from_pretrained(source), ImageProcessor.from_pretrained(source)
     model = Llava.from_pretrained(source, args.device)
     config, stored = model.config, model.dtype  # the result is stored in the type that the checkpoint came in
-    model.to(dtype)
-    length = min(args.max_length, config.text.max_position_embeddings)
-    data = Conversations(args.data, args.images, tokenizer, config.style, length, config.features_per_image)
+    length, P = min(args.max_length, config.text.max_position_embeddings), config.features_per_image
+    data = Conversations(args.data, args.images, tokenizer, config.style, length, P, with_picture=args.stage == 1)
 
     learners = [model.projector, model.language_model][: args.stage]
     parameters = [parameter for module in learners for parameter in module.parameters()]
     for parameter in parameters:  # float32: in 16 bits a step of the optimiser would round to nothing
         parameter.data = parameter.data.float().clone()
         parameter.requires_grad_(True)
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
     autocast = torch.autocast(torch.device(args.device).type, dtype) if dtype != torch.float32 else nullcontext()
 
-    batches = make_batches([len(ids) for ids, _, _ in data.examples], args.batch_size, args.epochs, args.seed)
+    batches = make_batches(data.lengths, args.batch_size, args.epochs, args.seed)
     steps, peak = math.ceil(len(batches) / args.accumulate), args.lr or (1e-3 if args.stage == 1 else 2e-5)
     args.out.mkdir(parents=True, exist_ok=True)
     state_file, step = args.out / "training-state.pt", 0
-    if (args.out / "model.safetensors").is_file():
-        raise ValueError(f"{args.out} holds a finished checkpoint; remove it, or give another --out")
+    run = {name: str(value) for name, value in vars(args).items() if name not in ("model", "out", "device", "workers", "save_every")}
+    run |= {"model": str(source.resolve()), "data": hashlib.sha256(args.data.read_bytes()).hexdigest()}
     if state_file.is_file():
-        state = torch.load(state_file, map_location=args.device)
-        if state["steps"] != steps or state["seed"] != args.seed:
-            raise ValueError(f"{state_file} is of another run ({state['steps']} steps, seed {state['seed']}); remove it to start anew")
+        try:
+            state = torch.load(state_file, map_location=args.device)
+            other = [name for name in run if state["run"].get(name) != run[name]]
+        except Exception as error:  # of several libraries: whatever it is, the file is none of ours
+            raise ValueError(f"{state_file} is damaged ({error!r}); remove it to start anew") from None
+        if other:
+            raise ValueError(f"{state_file} is of a run with another {', '.join(other)}; remove it to start anew")
         step = state["step"]
         optimizer.load_state_dict(state["optimizer"])
         for parameter, saved in zip(parameters, state["parameters"]):
@@ -194,20 +237,22 @@ def train(args):
     loader = DataLoader(
         data,
         batch_sampler=batches[step * args.accumulate :],
-        collate_fn=lambda examples: collate(examples, processor, tokenizer.pad_id, args.pad),
+        collate_fn=lambda examples: collate(examples, processor, tokenizer.image_id, tokenizer.pad_id, P, args.pad),
         num_workers=args.workers,
     )
     loader, saved_at, progress = iter(loader), time.monotonic(), tqdm(total=steps, initial=step, unit="step", desc=f"stage {args.stage}")
     while step < steps:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak, args.warmup)
-        passes, total = len(batches[step * args.accumulate : (step + 1) * args.accumulate]), 0.0
-        for _ in range(passes):
-            ids, labels, pixels = next(loader)
+        passes, total = [next(loader) for _ in batches[step * args.accumulate : (step + 1) * args.accumulate]], 0.0
+        learnt = [(labels[:, 1:] != IGNORED).sum().item() for _, labels, _ in passes]
+        for (ids, labels, pixels), words in zip(passes, learnt):
             with autocast:
-                loss = model(ids, pixels, labels=labels).loss / passes
+                loss = model(ids, pixels, labels=labels).loss * words / sum(learnt)  # each word counts the same
             loss.backward()
             total += loss.item()
+        if not math.isfinite(total):
+            raise ValueError(f"the loss is {total} at step {step}; a lower --lr may help")
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -215,11 +260,11 @@ def train(args):
         progress.set_postfix(loss=f"{total:.3f}", refresh=False)
         progress.update()
         if time.monotonic() - saved_at > 60 * args.save_every and step < steps:
-            saved = dict(step=step, steps=steps, seed=args.seed, parameters=parameters, optimizer=optimizer.state_dict())
-            save_state(saved, state_file)
+            save_state(dict(step=step, run=run, parameters=parameters, optimizer=optimizer.state_dict()), state_file)
             saved_at = time.monotonic()
     progress.close()
-    save_checkpoint(model, source, args.out, stored)
+    unchanged = {name: tensor for name, tensor in read_headers(source).items() if name in frozen}
+    save_checkpoint(model, source, args.out, stored, unchanged)
     state_file.unlink(missing_ok=True)
     print(f"saved {args.out}", file=sys.stderr)
 

@@ -100,6 +100,28 @@ def test_an_answer_left_hanging_ends_when_the_next_question_comes(chat):
     assert chat.messages[1]["content"] == read and next(hanging, None) is None
 
 
+def test_reset_in_the_middle_of_an_answer_leaves_nothing_of_it(chat):
+    hanging = chat.ask("Describe the picture.", [open_image(PICTURE)])
+    next(hanging)
+    chat.reset()
+    assert (chat.messages, chat.images) == ([], []) and next(hanging, None) is None
+    assert chat.prompt("Hi.") == "USER: Hi. ASSISTANT:"
+
+
+def test_no_special_token_can_be_put_together_from_an_answer(chat, monkeypatch):
+    monkeypatch.setattr(chat.tokenizer, "stream", lambda ids: (text for _ in ids for text in ["<im<pa", "d>age> and <un", "k>."]))
+    "".join(chat.ask("Describe the picture.", [open_image(PICTURE)], max_new_tokens=1))
+    assert chat.messages[-1]["content"] == " and ."
+    "".join(chat.ask("How many things are there?", max_new_tokens=1))
+
+
+@pytest.mark.parametrize("options", [dict(max_new_tokens=-100), dict(temperature=-1.0), dict(seed=-1)])
+def test_bad_options_change_nothing(chat, options):
+    with pytest.raises(ValueError, match="expected"):
+        chat.ask("Describe the picture.", [open_image(PICTURE)], **options)
+    assert chat.messages == []
+
+
 def test_the_cache_grows_with_the_conversation(chat, seen):
     "".join(chat.ask("Describe the picture.", [open_image(PICTURE)], max_new_tokens=2))
     before = chat._cache.max_length

@@ -47,6 +47,9 @@ KEPT = [
     (dict(top_p=0.8), 3),
     (dict(top_p=0.95), 4),
     (dict(top_p=1.0), 6),
+    (dict(top_p=1e-300), 1),
+    (dict(temperature=1e-40), 1),
+    (dict(temperature=5e-324, top_p=0.5), 1),
     (dict(top_p=0.6, temperature=0.5), 1),  # temperature first: the likeliest has 0.82 by then
     (dict(top_p=0.6, temperature=4.0), 3),  # and here 0.28, two have 0.49
     (dict(top_p=0.7, top_k=2), 1),  # then top-k: 0.731 of the two that are left
@@ -55,7 +58,7 @@ KEPT = [
 
 @pytest.mark.parametrize("options, kept", KEPT)
 def test_top_k_and_top_p(options, kept):
-    expected = (LOGITS[0] / options.get("temperature", 1)).softmax(-1)
+    expected = ((LOGITS[0] - LOGITS.max()).double() / options.get("temperature", 1)).softmax(-1)
     expected[kept:] = 0
     found = frequencies(**options)
     assert (found - expected / expected.sum()).abs().max() < 0.015
@@ -192,6 +195,14 @@ def test_bad_arguments(options, message):
     model, reference = load("llava")
     with pytest.raises(ValueError, match=message):
         model.generate(**prompt(reference) | options)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite(temperature):
+    model, reference = load("llava")
+    model.language_model.norm.weight.data[3] = torch.nan
+    with pytest.raises(ValueError, match="not finite.*torch.float32"):
+        generated(model, prompt(reference), max_new_tokens=1, temperature=temperature)
 
 
 @pytest.mark.parametrize(

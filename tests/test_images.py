@@ -259,7 +259,22 @@ def test_both_config_files(tmp_path):
     write(tmp_path, {"image_processor": CONFIG, "processor_class": "LlavaProcessor"}, "processor_config.json")
     assert ImageProcessor.from_pretrained(tmp_path) == processor(112)
     write(tmp_path, CONFIG | {"size": {"shortest_edge": 128}})
-    assert ImageProcessor.from_pretrained(tmp_path) == processor(128, 112)  # the older file comes first
+    assert ImageProcessor.from_pretrained(tmp_path) == processor(112)  # as in transformers, the newer file comes first
+    write(tmp_path, {"processor_class": "LlavaProcessor"}, "processor_config.json")
+    assert ImageProcessor.from_pretrained(tmp_path) == processor(128, 112)
+
+
+@pytest.mark.parametrize("content", [{"image_processor": None}, {"image_processor": [1]}, [], "[" * 100_000])
+def test_a_processor_config_that_is_none(tmp_path, content):
+    write(tmp_path, content, "processor_config.json")
+    with pytest.raises(ValueError, match="processor_config.json (holds a|is not valid JSON)"):
+        ImageProcessor.from_pretrained(tmp_path)
+
+
+def test_a_note_called_transparency_is_none():
+    image = Image.new("RGB", (112, 112), "red")
+    image.info["transparency"] = "none"  # as a PNG's text chunk of this name leaves it
+    assert torch.equal(processor(112)([image]), processor(112)([Image.new("RGB", (112, 112), "red")]))
 
 
 def test_sizes_may_be_numbers(tmp_path):

@@ -196,9 +196,17 @@ def test_stored_tables_are_ignored(folder):
 @pytest.mark.parametrize("place", [config, text])
 def test_a_tied_checkpoint_may_store_its_head_too(folder, place):
     place(tie_word_embeddings=True)(folder)
+    weights(lambda tensors: tensors.update({HEAD: tensors[EMBED].clone()}))(folder)
     model = Llava.from_pretrained(folder).language_model
     assert model.lm_head.weight is model.embed_tokens.weight
     assert torch.equal(model.lm_head.weight, load_file(folder / "model.safetensors")[EMBED])
+
+
+def test_a_stored_head_that_differs_is_not_tied(folder):  # transformers does the same, with a warning
+    config(tie_word_embeddings=True)(folder)
+    model = Llava.from_pretrained(folder).language_model
+    stored = load_file(folder / "model.safetensors")
+    assert torch.equal(model.lm_head.weight, stored[HEAD]) and torch.equal(model.embed_tokens.weight, stored[EMBED])
 
 
 def test_an_untied_head_is_its_own(good):
@@ -217,6 +225,19 @@ def test_no_pad_token_means_the_end_token(folder, pad):
     assert LlavaConfig.from_pretrained(folder).pad_id == 5
 
 
+@pytest.mark.parametrize("pad", [512, 520, 10**6])  # <image>, and no row of the vocabulary
+def test_a_pad_token_that_cannot_be_one_is_replaced(folder, pad):
+    config(eos_token_id=5, pad_token_id=pad)(folder)
+    assert LlavaConfig.from_pretrained(folder).pad_id == 5
+
+
+def test_what_only_the_other_family_knows_is_left_aside(folder):
+    config(vision_feature_layers=[-1], projector_layernorm_eps=0.5)(folder)
+    assert LlavaConfig.from_pretrained(folder).vision_layers == [-2]
+    config(model_type="vipllava", multimodal_projector_bias=False)(folder)
+    assert LlavaConfig.from_pretrained(folder).projector_bias
+
+
 # What does not load
 
 MISSING, WRONG = FileNotFoundError, ValueError
@@ -229,10 +250,14 @@ BROKEN = [
     (content(lambda data: b"", "config.json"), WRONG, ["config.json", "not valid JSON"]),
     (content(lambda data: data[:-9], "config.json"), WRONG, ["config.json", "not valid JSON"]),
     (content(lambda data: b"\xff\xfe", "config.json"), WRONG, ["config.json", "not valid JSON"]),
+    (content(lambda data: b"[" * 100_000, "config.json"), WRONG, ["config.json", "not valid JSON", "recursion"]),
+    (content(lambda data: b"9" * 5000, "config.json"), WRONG, ["config.json", "not valid JSON", "digits"]),
     (content(lambda data: b"[]", "config.json"), WRONG, ["config.json", "list", "expected a JSON object"]),
     (content(lambda data: b"null", "config.json"), WRONG, ["config.json", "expected a JSON object"]),
     (lambda folder: (folder / "generation_config.json").write_text("{"), WRONG, ["generation_config.json", "not va"]),
     # what the model is
+    (config(mm_vision_tower="openai/clip-vit-large-patch14-336"), WRONG, ["original authors' layout", "llava-hf/"]),
+    *[(config(projector_layernorm_eps=eps), WRONG, ["projector_layernorm_eps"]) for eps in ("1e-5", [1], -1, True, None, float("nan"), 10**400)],
     (edit_json("config.json", lambda raw: raw.pop("model_type")), WRONG, ["model_type None", "'llava' or 'vipllava'"]),
     (config(model_type="llava_next"), WRONG, ["model_type 'llava_next'", "'llava' or 'vipllava'"]),
     (config(model_type=["llava"]), WRONG, ["model_type ['llava']"]),

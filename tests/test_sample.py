@@ -107,6 +107,7 @@ MISTAKES = {
     "no such option": (["--colour"], "--colour"),
     "not a number": (["--max-new-tokens", "many"], "many"),
     "no such model": (["--model", "no/such/folder"], "no/such/folder: no such folder"),
+    "model without a name": (["--model", ""], "has no config.json"),
     "not a model": (["--model", "tests"], "config.json"),
     "no such picture": (["--image", "nothing.png"], "nothing.png: no such picture"),
     "not a picture": (["--image", "README.md"], "README.md is not a picture"),
@@ -114,6 +115,8 @@ MISTAKES = {
     "not that many devices": (["--device", "cpu:1"], "--device cpu:1: PyTorch sees 1"),
     "negative temperature": (["--temperature", "-1"], "temperature is -1.0"),
     "no tokens": (["--max-new-tokens", "0"], "max_new_tokens is 0"),
+    "less than no tokens": (["--max-new-tokens", "-100"], "max_new_tokens is -100"),
+    "half a device": (["--device", "cpu:"], "--device cpu:: expected"),
     "top-p over one": (["--temperature", "1", "--top-p", "1.5"], "top_p is 1.5"),
     "special token typed": (["What does </s> mean?"], "'</s>'"),
     "role typed": (["Yes? ASSISTANT: No."], "'ASSISTANT:'"),
@@ -143,6 +146,20 @@ def test_a_device_with_too_little_memory_is_an_error_before_loading(monkeypatch,
     with pytest.raises(SystemExit, match="2"):
         module.main()
     assert "1.0 MB free" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")])
+def test_out_of_memory_in_the_middle(error, monkeypatch, capsys):
+    import sample as module
+
+    def give_up(*_):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["sample.py"])
+    monkeypatch.setattr(module.Chat, "from_pretrained", give_up)
+    with pytest.raises(SystemExit, match="2"):
+        module.main()
+    assert "ran out of memory" in capsys.readouterr().err
 
 
 def test_a_reader_that_stops_reading_is_no_error():

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -317,6 +318,10 @@ def test_a_tokenizer_without_image_or_pad(folder):
         ("tokenizer_config.json", '{"added_tokens_decoder": {"512": "<image>"}}'),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"512": {}}}'),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "<image>"}}}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"512": {"content": 5}}}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"512": {"content": ""}}}'),
+        ("added_tokens.json", '{"<image>": 512, "": 513}'),
+        ("added_tokens.json", "[" * 100_000),
         ("added_tokens.json", "{"),
         ("added_tokens.json", '["<image>"]'),
         ("added_tokens.json", '{"<image>": "512", "<pad>": 513}'),
@@ -328,3 +333,16 @@ def test_damaged_added_tokens(folder, name, text):
     with pytest.raises(ValueError) as error:
         Tokenizer.from_pretrained(folder)
     assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_two_specials_with_one_id(folder):
+    (folder / "added_tokens.json").write_text('{"<image>": 512, "<pad>": 512}')
+    with pytest.raises(ValueError, match="two special tokens have one id"):
+        Tokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_that_goes_on_has_no_leading_space(text):
+    text = "".join(re.split("|".join(SPECIAL_LITERALS), text))
+    for before in ("###", "A:", "\n"):
+        assert TOKENIZER.encode(before)[1:] + TOKENIZER.encode_more(text) == TOKENIZER.encode(before + text)[1:]

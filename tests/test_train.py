@@ -2,6 +2,8 @@
 
 import json
 import sys
+from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train
+from checkpoint import save_checkpoint
 from clip import ImageProcessor
 from llava import Llava
 from tiny.world import write
@@ -45,7 +48,7 @@ def test_labels_are_the_assistants_words_and_the_end_mark():
     assert labels[ids.index(tokenizer.image_id)] == train.IGNORED
 
 
-@pytest.mark.parametrize("style", ["llava", "bakllava"])
+@pytest.mark.parametrize("style", ["llava", "bakllava", "vip"])
 def test_a_conversation_is_encoded_as_it_will_be_read(style):
     tokenizer = Tokenizer.from_pretrained(TINY)
     said = ("<image>\nWhere is the star?", "At the top.", "What colour is it?", "Red.")
@@ -68,11 +71,12 @@ def test_a_record_that_is_no_conversation_is_an_error(bad):
 def test_records_that_cannot_be_used_are_left_out_and_counted(tmp_path, capsys):
     good, without_answer = record("<image>\nHi", "Yes."), record("<image>\nHi" + " there" * 200, "Yes.")
     no_picture = {**record("Hi", "Yes."), "id": "lost"}
-    damaged = [{}, 3, {"conversations": [{"from": "human"}]}, {"conversations": None}, {**good, "image": ["x.png"]}]
+    cut = {**record("Tell me.", "At the top. " * 80, "<image>\nWhere?", "Left."), "id": "before its picture"}
+    damaged = [cut, {}, 3, {"conversations": [{"from": "human"}]}, {"conversations": None}, {**good, "image": ["x.png"]}]
     (tmp_path / "data.json").write_text(json.dumps([good, without_answer, no_picture, *damaged]))
     data = train.Conversations(tmp_path / "data.json", tmp_path, Tokenizer.from_pretrained(TINY), "llava", 200, 64)
     assert len(data) == 1
-    assert "7 records left out" in capsys.readouterr().err
+    assert "8 records left out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content, message", [("[{", "data.json is not valid JSON"), ("{}", "holds a dict"), ("[]", "no conversation")])
@@ -89,7 +93,7 @@ def test_padding_on_the_right_changes_no_loss():
     long = (*train.encode_conversation(record("How many are there?", "A large red star at the top."), tokenizer, "llava"), None)
 
     def loss(*examples):
-        ids, labels, _ = train.collate(examples, processor, tokenizer.pad_id, pad=False)
+        ids, labels, _ = train.collate(examples, processor, tokenizer.image_id, tokenizer.pad_id, 64, pad=False)
         return model(ids, labels=labels).loss * (labels[:, 1:] != train.IGNORED).sum()
 
     torch.testing.assert_close(loss(short, long), loss(short) + loss(long), rtol=1e-5, atol=0)
@@ -146,7 +150,7 @@ def test_a_killed_run_resumes_and_ends_the_same(monkeypatch, data, tmp_path, cap
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "save_state", save_then_die)
-        run(patch, data, tmp_path / "killed", "--save-every", "0")
+        run(patch, data, tmp_path / "killed", "--save-every", "1e-9")
     assert not (tmp_path / "killed" / "model.safetensors").exists()
     (tmp_path / "killed" / "training-state.partial").write_bytes(b"half a file")  # as a kill while saving leaves it
     run(monkeypatch, data, tmp_path / "killed")
@@ -164,7 +168,98 @@ def test_a_finished_run_is_not_begun_anew(monkeypatch, data, tmp_path):
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
-def test_the_state_of_another_run_is_refused(monkeypatch, data, tmp_path):
-    torch.save({"steps": 999, "seed": 0}, tmp_path / "training-state.pt")
-    with pytest.raises(SystemExit, match="another run"):
-        run(monkeypatch, data, tmp_path)
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--lr", "2e-3"], "of a run with another lr"),
+        (["--stage", "1", "--pad"], "of a run with another stage, pad"),
+        (["--data", "DATA"], "of a run with another data"),
+        (["--model", "tests/fixtures/llava"], "of a run with another model"),
+    ],
+)
+def test_the_state_of_another_run_is_refused(options, message, monkeypatch, data, tmp_path):
+    def save_then_die(*arguments, save=train.save_state):
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "save_state", save_then_die)
+        run(patch, data, tmp_path / "out", "--save-every", "1e-9")
+    (tmp_path / "data.json").write_text(json.dumps(json.loads((data / "instruct.json").read_text())[::-1]))
+    options = [str(tmp_path / "data.json") if option == "DATA" else option for option in options]
+    if "--model" in options:
+        monkeypatch.setattr(train, "checkpoint_folder", lambda name: Path(copytree(TINY, tmp_path / "copy")))
+    with pytest.raises(SystemExit, match=message):
+        run(monkeypatch, data, tmp_path / "out", *options)
+
+
+def test_a_damaged_state_is_refused(monkeypatch, data, tmp_path):
+    for content in (b"", b"garbage", json.dumps({}).encode()):
+        (tmp_path / "training-state.pt").write_bytes(content)
+        with pytest.raises(SystemExit, match="is damaged"):
+            run(monkeypatch, data, tmp_path)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_computing_in_bfloat16_leaves_what_is_not_trained_as_it_is_stored(monkeypatch, data, tmp_path, stage):
+    run(monkeypatch, data, tmp_path, "--dtype", "bfloat16", "--lr", "1e-30", stage=stage)  # and what is trained, but for rounding
+    before, after = (load_file(Path(folder) / "model.safetensors") for folder in (TINY, tmp_path))
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_text_and_pictures_in_one_batch(monkeypatch, tmp_path):
+    (tmp_path / "images").mkdir()
+    write(tmp_path, 2, seed=5)
+    records = json.loads((tmp_path / "instruct.json").read_text())
+    text = {"conversations": [{"from": "human", "value": "What? " * 150}, {"from": "gpt", "value": "Red. " * 20}]}
+    long = train.encode_conversation(text, Tokenizer.from_pretrained(TINY), "llava")[0]
+    assert 300 < len(long) <= 512 < len(long) + 220  # with the features of a picture as padding it would not fit
+    (tmp_path / "instruct.json").write_text(json.dumps([*records, text, text]))
+    run(monkeypatch, tmp_path, tmp_path / "out", "--batch-size", "4")
+
+
+def test_stage_1_leaves_out_text_alone(monkeypatch, tmp_path, capsys):
+    write(tmp_path, 2, seed=5)
+    records = json.loads((tmp_path / "instruct.json").read_text())
+    text = {"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "Red."}]}
+    (tmp_path / "instruct.json").write_text(json.dumps([text, text, *records]))
+    run(monkeypatch, tmp_path, tmp_path / "out", stage=1)
+    assert "2 records left out, the first because: record None has no picture" in capsys.readouterr().err
+
+
+def test_a_broken_picture_is_replaced_by_another_record(monkeypatch, tmp_path, capsys):
+    write(tmp_path, 4, seed=5)
+    (tmp_path / "images" / "000003.png").write_bytes(b"broken")
+    run(monkeypatch, tmp_path, tmp_path / "out")
+    assert "000003.png is not a picture" in capsys.readouterr().err
+    for n in range(3):
+        (tmp_path / "images" / f"00000{n}.png").unlink()
+    with pytest.raises(SystemExit, match="no picture of the data can be opened"):
+        run(monkeypatch, tmp_path, tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--batch-size", "0"], "--batch-size: 0 is not above 0"),
+        (["--lr", "nan"], "--lr: nan is not above 0"),
+        (["--epochs", "two"], "--epochs"),
+        (["--device", "abacus"], "--device abacus"),
+        (["--data", "tests"], "tests"),
+        (["--model", "no/such/model"], "no/such/model: no such folder"),
+        (["--lr", "1e30"], "the loss is nan at step"),
+        (["--max-length", "40"], "no conversation to train on"),  # less than the features of a picture
+    ],
+)
+def test_mistakes(options, message, monkeypatch, data, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, data, tmp_path / "out", *options)
+    assert message in f"{stop.value} {capsys.readouterr().err}"
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_saving_beside_the_source_by_another_name(tmp_path):
+    source = Path(copytree(TINY, tmp_path / "source"))
+    (tmp_path / "link").symlink_to(source)
+    save_checkpoint(Llava.from_pretrained(source), source, tmp_path / "link", torch.float32)
+    assert Llava.from_pretrained(source).dtype == torch.float32
