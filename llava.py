@@ -81,7 +81,8 @@ class Llava(nn.Module):
         config, stored = LlavaConfig.from_pretrained(folder), read_headers(folder)
         head, embeddings = (stored.get(f"language_model.{name}.weight") for name in ("lm_head", "embed_tokens"))
         if config.text.tie_word_embeddings and head and embeddings:  # both stored: tied if they are equal, as in transformers
-            config.text.tie_word_embeddings = head.shape == embeddings.shape and torch.equal(head.read(), embeddings.read())
+            alike = head.shape == embeddings.shape and head.kind == embeddings.kind
+            config.text.tie_word_embeddings = alike and torch.equal(head.read(), embeddings.read())
             if config.text.tie_word_embeddings:
                 stored.pop("language_model.lm_head.weight")
         # ViP-7B's published config has a stale `vision_feature_layer: -2`, but its projector has the width of five layers.
