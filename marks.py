@@ -1,0 +1,307 @@
+"""ViP-LLaVA's visual prompts: marks drawn on a picture, and the words by which a question refers to them (Cai et al. 2024,
+https://arxiv.org/abs/2312.00784, section 3.1).
+
+    mark = Mark("rectangle", (40, 30, 120, 110), "red")
+    image = draw_marks(image, [mark])
+    question = f"What is {mark.words}?"        # What is within the red rectangle?
+
+The model has no input for regions. It sees a mark as it sees everything else: the mark is in the pixels. Imports nothing
+of ours.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw
+
+COLOURS = {
+    "red": (255, 0, 0),
+    "lime": (0, 255, 0),
+    "blue": (0, 0, 255),
+    "yellow": (255, 255, 0),
+    "fuchsia": (255, 0, 255),
+    "aqua": (0, 255, 255),
+    "orange": (255, 165, 0),
+    "purple": (128, 0, 128),
+    "gold": (255, 215, 0),
+}
+
+
+class Kind(NamedTuple):
+    relation: str  # what stands before "the red rectangle" in a question
+    points: tuple[int, int]  # the fewest and the most that say where it is; two points may always be the corners of a box
+    width: float  # of its line, or the radius of a point, in pixels of a picture of 336
+    widths: tuple[int, int]  # the range of widths in training
+    alphas: tuple[int, int] = (96, 255)  # the range of alphas in training
+
+
+MANY = 10_000
+KINDS = {
+    "rectangle": Kind("within", (2, 2), 3, (2, 8)),
+    "ellipse": Kind("within", (2, 2), 3, (2, 8)),
+    "triangle": Kind("with", (2, 3), 3, (2, 8)),
+    "point": Kind("at", (1, 2), 8, (5, 20)),
+    "scribble": Kind("with", (2, MANY), 3, (2, 12)),
+    "arrow": Kind("pointed to by", (1, 2), 3, (1, 6)),
+    "mask": Kind("with", (2, MANY), 0, (0, 0), (48, 128)),
+    "mask contour": Kind("with", (2, MANY), 1, (1, 2)),
+}
+SIDE = 336  # widths and lengths are given for a picture whose longer side is this, and scaled with it
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One visual prompt.
+
+    kind: "rectangle", "ellipse", "triangle", "point", "scribble", "arrow", "mask" or "mask contour".
+    coordinates: x, y, x, y, … in pixels from the top left, or in parts of the picture if all of them lie in 0–1.
+        rectangle, ellipse: a box, by its top left and its bottom right. triangle: three corners. point, arrow: the place
+        it is at or points to. mask, mask contour: the corners of a polygon. scribble: the points a line goes through.
+        A box stands for its middle (point, arrow), for the triangle in it or for its outline (mask, mask contour).
+    colour: a name in COLOURS, or (red, green, blue), each 0–255.
+    alpha: 1 (hardly to be seen) to 255 (hides what is below).
+    width: of the line, or the radius of a point; of a mask nothing. None: the kind's own.
+
+    Widths and lengths are in pixels of a picture whose longer side is 336 and grow with the picture. What the original
+    draws at random has a parameter here: `aspect` of a point, wider (above 1) or higher (below); and of an arrow the
+    `angle` at which its tail lies, in degrees clockwise from the right (None: towards the picture's middle), its
+    `length`, the part of it that is `head`, whether that is `filled`, and how far its shaft is `bent` sideways.
+    Raises ValueError for whatever is not a mark.
+    """
+
+    kind: str
+    coordinates: tuple[float, ...]
+    colour: str | tuple[int, int, int] = "red"
+    alpha: int = 128
+    width: float | None = None
+    aspect: float = 1.0
+    angle: float | None = None
+    length: float = 50.0
+    head: float = 0.35
+    filled: bool = True
+    bent: float = 0.0
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"no mark is called {self.kind!r}; expected one of {', '.join(KINDS)}")
+        if not (isinstance(self.colour, str) and self.colour in COLOURS or _is_rgb(self.colour)):
+            raise ValueError(f"colour {self.colour!r} is unknown; expected one of {', '.join(COLOURS)}, or three numbers from 0 to 255")
+        if not 1 <= self.alpha <= 255:
+            raise ValueError(f"alpha is {self.alpha}; expected 1 to 255")
+        if self.width is not None and not 0 < self.width < math.inf:
+            raise ValueError(f"width is {self.width}; expected more than 0")
+        if not (0 < self.aspect < math.inf and 0 < self.length < math.inf and 0 < self.head <= 1):
+            raise ValueError(f"aspect, length, head are {self.aspect}, {self.length}, {self.head}; expected above 0, head at most 1")
+        fewest, most = KINDS[self.kind].points
+        n = len(self.coordinates)
+        if n % 2 or not fewest <= n // 2 <= most:
+            counts = f"{2 * fewest}" if fewest == most else f"{2 * fewest} or more" if most == MANY else f"{2 * fewest} to {2 * most}"
+            raise ValueError(f"a {self.kind} at {self.coordinates} has {n} coordinates; expected {counts}, in pairs of x, y")
+        if not all(math.isfinite(value) and value >= 0 for value in self.coordinates):
+            raise ValueError(f"a {self.kind} at {self.coordinates} lies outside the picture: expected numbers from 0 up")
+        corners = self._pairs()
+        if self._is_box and not (corners[0][0] < corners[1][0] and corners[0][1] < corners[1][1]):
+            raise ValueError(f"the box {self.coordinates} is empty; expected left, top, right, bottom, with left < right and top < bottom")
+        if len(corners) > 2 and self.kind != "scribble" and _on_one_line(corners):
+            raise ValueError(f"the corners {self.coordinates} of a {self.kind} lie on one line; expected an area")
+        if self.kind == "scribble" and len(set(corners)) == 1:
+            raise ValueError(f"all points of the scribble {self.coordinates} are one; expected a line")
+
+    def _pairs(self):
+        return [*zip(self.coordinates[::2], self.coordinates[1::2])]
+
+    @property
+    def _is_box(self):
+        return len(self.coordinates) == 4 and self.kind != "scribble"
+
+    @property
+    def words(self):
+        """How a question refers to what is marked: "within the red rectangle", or "at the point" of a colour without name."""
+        colour = self.colour + " " if isinstance(self.colour, str) else ""
+        return f"{KINDS[self.kind].relation} the {colour}{self.kind}"
+
+    def points(self, size):
+        """[(x, y), …] in pixels of a picture of this (width, height). Raises ValueError if one lies outside of it."""
+        points, (width, height) = self._pairs(), size
+        if max(self.coordinates) <= 1:
+            points = [(x * width, y * height) for x, y in points]
+        if outside := [(x, y) for x, y in points if x > width or y > height]:
+            raise ValueError(f"the {self.kind} at {outside[0][0]:g},{outside[0][1]:g} lies outside the picture of {width}×{height} pixels")
+        return [(min(x, width - 1), min(y, height - 1)) for x, y in points]  # the far edge is the last pixel
+
+
+def _is_rgb(colour):
+    return isinstance(colour, tuple) and len(colour) == 3 and all(type(c) is int and 0 <= c <= 255 for c in colour)
+
+
+def _on_one_line(points):
+    (x0, y0), (x1, y1) = points[0], max(points, key=lambda point: math.dist(point, points[0]))
+    return all((x - x0) * (y1 - y0) == (y - y0) * (x1 - x0) for x, y in points)
+
+
+def draw_marks(image, marks):
+    """The picture with the marks on it, at its own resolution; a later mark lies over an earlier one.
+
+    image: a PIL image of any mode; marks: a list of Mark. Returns RGB, or RGBA if the picture is partly transparent.
+    Raises ValueError for a mark that lies outside the picture.
+    """
+    transparent = "A" in image.getbands() or isinstance(image.info.get("transparency"), int | bytes | tuple)
+    picture = image.convert("RGBA") if transparent else image.convert("RGB").convert("RGBA")
+    for mark in marks:
+        layer = Image.new("RGBA", picture.size)  # of its own: where a line crosses itself it is no denser
+        _draw(ImageDraw.Draw(layer), mark, picture.size)
+        picture = Image.alpha_composite(picture, layer)
+    return picture if transparent else picture.convert("RGB")
+
+
+def _draw(pen, mark, size):
+    points, scale = mark.points(size), max(size) / SIDE
+    rgb = COLOURS[mark.colour] if isinstance(mark.colour, str) else mark.colour
+    ink = (*rgb, mark.alpha)
+    width = max(1, int((mark.width or KINDS[mark.kind].width) * scale))
+    if mark._is_box:
+        (left, top), (right, bottom) = points
+        middle = ((left + right) / 2, (top + bottom) / 2)
+        outline = [(left, top), (right, top), (right, bottom), (left, bottom)]
+
+    if mark.kind in ("rectangle", "ellipse"):
+        width = min(width, (int(min(right - left, bottom - top)) + 2) // 2)  # half the box: PIL would spill over its edge
+        (pen.rectangle if mark.kind == "rectangle" else pen.ellipse)(points, outline=ink, width=width)
+    elif mark.kind == "triangle":
+        _closed_line(pen, [(middle[0], top), (right, bottom), (left, bottom)] if mark._is_box else points, ink, width)
+    elif mark.kind == "point":
+        x, y = middle if mark._is_box else points[0]
+        pen.ellipse([x - width * mark.aspect, y - width / mark.aspect, x + width * mark.aspect, y + width / mark.aspect], fill=ink)
+    elif mark.kind == "scribble":
+        pen.line(points, fill=ink, width=width, joint="curve")
+    elif mark.kind == "arrow":
+        _arrow(pen, mark, middle if mark._is_box else points[0], size, ink, width)
+    elif mark.kind == "mask":
+        pen.polygon(outline if mark._is_box else points, fill=ink)
+    else:  # a mask contour: the original draws its polygon again, moved by up to `width` pixels to every side
+        _closed_line(pen, outline if mark._is_box else points, ink, 2 * width + 1)
+
+
+def _closed_line(pen, corners, ink, width):
+    pen.line([*corners, *corners[:2]], fill=ink, width=width, joint="curve")  # the second again, to round the first
+
+
+def _arrow(pen, mark, tip, size, ink, width):
+    """An arrow whose tip is at the target, its head open by 60° to either side of the shaft."""
+    scale = max(size) / SIDE
+    x, y = tip
+    angle = math.atan2(size[1] / 2 - y, size[0] / 2 - x) if mark.angle is None else math.radians(mark.angle)
+    length = mark.length * scale
+    head = max(mark.head * length, 6 * scale)
+    at = lambda distance, turn=0.0: (x + distance * math.cos(angle + turn), y + distance * math.sin(angle + turn))
+    bend = math.hypot(length / 2, mark.bent * scale), math.atan2(mark.bent * scale, length / 2)
+    pen.line([tip, at(*bend), at(length)], fill=ink, width=width, joint="curve")
+    barbs = [at(head, math.pi / 3), tip, at(head, -math.pi / 3)]
+    if mark.filled:
+        pen.polygon(barbs, fill=ink)
+    else:
+        pen.line(barbs, fill=ink, width=width, joint="curve")
+
+
+def random_mark(where, size, random, kind=None, colour=None):
+    """A mark on a thing, as different as the ones in training (in kind, colour, alpha, width, place and form).
+
+    where: the outline of the thing, [(x, y), …] in pixels; size: the (width, height) of the picture; random: a
+    random.Random, whose state decides everything. kind, colour: to have these and vary the rest.
+    """
+    kind = kind or random.choice([*KINDS])
+    colour = colour or random.choice([*COLOURS])
+    inside = lambda x, y: (min(max(x, 0), size[0]), min(max(y, 0), size[1]))
+    where = [inside(x, y) for x, y in where]
+    left, right = min(x for x, _ in where), max(x for x, _ in where)
+    top, bottom = min(y for _, y in where), max(y for _, y in where)
+    x, y, width, height = (left + right) / 2, (top + bottom) / 2, right - left, bottom - top
+    more = {}
+    if kind == "rectangle":
+        points = [(left, top), (right, bottom)]
+    elif kind == "ellipse":
+        ratio = random.uniform(1, 1.5) / 2
+        points = [inside(x - ratio * width, y - ratio * height), inside(x + ratio * width, y + ratio * height)]
+    elif kind == "triangle":
+        for _ in range(100):
+            points = [_point_in(where, random) for _ in range(3)]
+            if _widest_angle(points) <= 150:
+                break
+    elif kind == "point":
+        points = [_point_in(where, random, lambda: (random.gauss(x, (width / 8) ** 0.5), random.gauss(y, (height / 8) ** 0.5)))]
+        more["aspect"] = random.choice((1.0, random.uniform(0.5, 2)))
+    elif kind == "scribble":
+        points = _bezier([_point_in(where, random) for _ in range(4)])
+    elif kind == "arrow":
+        points = [(x + random.uniform(-0.25, 0.25) * width, y + random.uniform(-0.25, 0.25) * height)]
+        more["angle"], more["head"] = random.uniform(0, 360), random.uniform(0.2, 0.5)
+        more["length"] = random.uniform(*sorted((0.8 * min(width, height) * SIDE / max(size), 50)))
+        more["bent"], more["filled"] = random.choice((0, random.uniform(-5, 5))), random.random() < 0.5
+    else:
+        points = where
+    low, high = KINDS[kind].widths
+    return Mark(
+        kind,
+        tuple(value for point in points for value in point),
+        colour,
+        alpha=random.randint(*KINDS[kind].alphas),
+        width=random.uniform(low, high) or None,
+        **more,
+    )
+
+
+def _point_in(polygon, random, draw=None):
+    """A point drawn until it lies in the polygon, or given up on after fifty: of a very thin one, any near it will do."""
+    xs, ys = zip(*polygon)
+    for _ in range(50):
+        x, y = draw() if draw else (random.uniform(min(xs), max(xs)), random.uniform(min(ys), max(ys)))
+        crossings = 0  # of a ray to the right with the sides: an odd number from inside
+        for (x0, y0), (x1, y1) in zip(polygon, polygon[1:] + polygon[:1]):
+            crossings += (y0 > y) != (y1 > y) and x < x0 + (x1 - x0) * (y - y0) / (y1 - y0)
+        if crossings % 2:
+            break
+    return x, y
+
+
+def _widest_angle(corners):
+    """The largest angle of a triangle, in degrees, from the lengths of its sides."""
+    a, b, c = sorted(math.dist(corners[i], corners[i - 1]) for i in range(3))
+    return math.degrees(math.acos(min(1, max(-1, (a * a + b * b - c * c) / (2 * a * b))))) if a else 180.0
+
+
+def _bezier(control, steps=32):
+    """Points along the cubic Bézier curve with these four control points."""
+    weights = lambda t: ((1 - t) ** 3, 3 * (1 - t) ** 2 * t, 3 * (1 - t) * t**2, t**3)
+    return [tuple(sum(w * p[axis] for w, p in zip(weights(k / steps), control)) for axis in (0, 1)) for k in range(steps + 1)]
+
+
+def parse_mark(text):
+    """A Mark from one line: [colour] kind coordinates [option=value …].
+
+    "red rectangle 40,30,120,110", "#20c0ff mask contour 10,10 60,12 40,50", "blue arrow 0.5,0.4 angle=90 width=4". The
+    colour is a name or #rrggbb. Raises ValueError, saying what was expected.
+    """
+    words = text.replace(",", " ").split()
+    options = dict(word.split("=", 1) for word in words if "=" in word)
+    plain = [word for word in words if "=" not in word]
+    numbers = [word for word in plain if word[0] in "0123456789.+-"]
+    names = plain[: len(plain) - len(numbers)]
+    expected = 'expected a colour, a kind and coordinates, like "red rectangle 40,30,120,110"'
+    if plain != names + numbers:
+        raise ValueError(f"mark {text!r}: {expected}")
+    colour = "red" if " ".join(names) in KINDS else names.pop(0) if names else ""
+    if colour.startswith("#"):
+        try:
+            colour = tuple(bytes.fromhex(colour[1:]))
+        except ValueError:
+            pass  # Mark will name it
+    unknown = [name for name in options if name not in ("alpha", "width", "aspect", "angle", "length", "head", "bent")]
+    if unknown:
+        raise ValueError(f"mark {text!r}: no option {unknown[0]!r}; expected alpha, width, aspect, angle, length, head or bent")
+    try:
+        values = {name: (int if name == "alpha" else float)(value) for name, value in options.items()}
+        coordinates = tuple(map(float, numbers))
+    except ValueError as error:
+        raise ValueError(f"mark {text!r}: {error}; {expected}") from None
+    return Mark(" ".join(names), coordinates, colour, **values)

@@ -1,0 +1,279 @@
+"""Visual prompts: pixels against a committed sheet, where they may lie, the words, and what is no mark."""
+
+import ast
+import math
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import marks
+from marks import COLOURS, KINDS, Mark, draw_marks, parse_mark, random_mark
+from tests.make_marks import FILE, sheet
+
+GROUND = (120, 130, 140)
+
+
+def drawn(mark, size):
+    """Which pixels of a plain picture a mark changes: (height, width) bool."""
+    return (np.asarray(draw_marks(Image.new("RGB", size, GROUND), [mark])) != GROUND).any(-1)
+
+
+def extent(changed):
+    """Left, top, right, bottom of the changed pixels, the last ones included."""
+    rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
+    return columns[0], rows[0], columns[-1], rows[-1]
+
+
+def random_thing(random, size):
+    """The outline of some thing on a picture of this size."""
+    x, y = random.uniform(0, size[0]), random.uniform(0, size[1])
+    radius = random.uniform(0.05, 0.3) * min(size)
+    corner = lambda angle: (x + radius * random.uniform(0.5, 1) * math.cos(angle), y + radius * math.sin(angle))
+    corners = [corner(k * math.tau / 7) for k in range(7)]
+    return [(min(max(x, 0), size[0]), min(max(y, 0), size[1])) for x, y in corners]
+
+
+# Pixels
+
+
+def test_every_pixel_is_as_it_was():
+    assert np.array_equal(np.asarray(Image.open(FILE)), np.asarray(sheet()))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_rectangle_lies_on_its_box(seed):
+    random = Random(seed)
+    size = width, height = random.randint(20, 700), random.randint(20, 700)
+    left, top = random.randrange(width - 2), random.randrange(height - 2)
+    right, bottom = random.randint(left + 1, width - 1), random.randint(top + 1, height - 1)
+    line = random.uniform(1, 8)
+    changed = drawn(Mark("rectangle", (left, top, right, bottom), "lime", width=line, alpha=255), size)
+    assert extent(changed) == (left, top, right, bottom)
+    w = max(1, int(line * max(size) / 336))
+    inner = changed[top + w : bottom + 1 - w, left + w : right + 1 - w]
+    assert not inner.any()
+    changed[top + w : bottom + 1 - w, left + w : right + 1 - w] = True
+    assert changed[top : bottom + 1, left : right + 1].all()
+
+
+def test_a_box_may_reach_the_far_edge():
+    assert extent(drawn(Mark("rectangle", (0, 0, 60, 40)), (60, 40))) == (0, 0, 59, 39)
+    assert extent(drawn(Mark("mask", (30, 20, 60, 40)), (60, 40))) == (30, 20, 59, 39)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_changes_out_of_reach(kind):
+    for seed in range(60):
+        random = Random(seed)
+        size = random.randint(50, 500), random.randint(50, 500)
+        mark = random_mark(random_thing(random, size), size, random, kind)
+        scale, points = max(size) / 336, mark.points(size)
+        reach = {
+            "rectangle": 0,
+            "ellipse": 0,
+            "mask": 0,
+            "point": (mark.width or 0) * scale * max(mark.aspect, 1 / mark.aspect),
+            "arrow": max(mark.length, 6) * scale + (abs(mark.bent) + (mark.width or 0)) * scale,
+            "mask contour": 2 * (mark.width or 0) * scale + 2,
+        }.get(kind, (mark.width or 0) * scale)
+        left, top, right, bottom = extent(drawn(mark, size))
+        xs, ys = zip(*points)
+        assert min(xs) - reach - 1.5 <= left and right <= max(xs) + reach + 1.5
+        assert min(ys) - reach - 1.5 <= top and bottom <= max(ys) + reach + 1.5
+
+
+@pytest.mark.parametrize("alpha", [1, 48, 128, 255])
+def test_alpha_is_how_much_the_mark_hides(alpha):
+    picture = draw_marks(Image.new("RGB", (50, 50), GROUND), [Mark("mask", (0, 0, 50, 50), "orange", alpha)])
+    expected = [(g * (255 - alpha) + c * alpha) / 255 for g, c in zip(GROUND, COLOURS["orange"])]
+    assert np.abs(np.asarray(picture) - expected).max() <= 1
+
+
+def test_a_line_that_crosses_itself_is_no_denser():
+    line = draw_marks(Image.new("RGB", (100, 100), GROUND), [Mark("scribble", (10, 10, 90, 90, 90, 10, 10, 90), width=9)])
+    assert len(line.getcolors()) == 2
+    twice = [Mark("mask", (0, 0, 60, 60)), Mark("mask", (40, 40, 99, 99), "blue")]
+    assert len(draw_marks(Image.new("RGB", (100, 100), GROUND), twice).getcolors()) == 4  # but two marks are
+
+
+@pytest.mark.parametrize("side, pixels", [(112, 1), (336, 3), (672, 6), (1000, 8)])
+def test_a_line_grows_with_the_picture(side, pixels):
+    mark = Mark("rectangle", (0.1, 0.1, 0.9, 0.9))
+    assert drawn(mark, (side, side // 2))[side // 4, : side // 2].sum() == pixels
+
+
+def test_default_widths_and_alpha_are_the_demos():
+    assert drawn(Mark("point", (168, 100)), (336, 200)).sum(1).max() == 17  # a radius of 8
+    red = np.asarray(draw_marks(Image.new("RGB", (336, 200)), [Mark("mask", (0, 0, 336, 200))]))[0, 0]
+    assert red.tolist() == [128, 0, 0]
+
+
+def test_fractions_are_parts_of_the_picture():
+    for kind in KINDS:
+        pixels, parts = Mark(kind, (50, 20, 150, 80)), Mark(kind, (0.25, 0.2, 0.75, 0.8))
+        assert np.array_equal(drawn(pixels, (200, 100)), drawn(parts, (200, 100)))
+
+
+def test_an_arrow_touches_its_target_and_comes_from_where_it_is_said():
+    for angle in range(0, 360, 15):
+        changed = drawn(Mark("arrow", (168, 168), angle=angle, alpha=255), (336, 336))
+        assert changed[167:170, 167:170].any()
+        x, y = round(46 * math.cos(math.radians(angle))), round(46 * math.sin(math.radians(angle)))
+        assert changed[167 + y : 170 + y, 167 + x : 170 + x].any() and not changed[167 - y : 170 - y, 167 - x : 170 - x].any()
+    towards_the_middle = drawn(Mark("arrow", (300, 168)), (336, 336))
+    assert extent(towards_the_middle)[2] <= 302 and extent(towards_the_middle)[0] <= 252
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I", "F", "I;16"])
+def test_any_mode_and_the_picture_itself_stays(mode):
+    image = Image.new(mode, (40, 30))
+    before = image.tobytes()
+    marked = draw_marks(image, [Mark("point", (20, 15))])
+    assert marked.mode == ("RGBA" if "A" in mode else "RGB") and marked.size == (40, 30)
+    assert image.tobytes() == before and marked.getpixel((20, 15))[0] > 0
+
+
+def test_what_was_transparent_stays_so():
+    marked = draw_marks(Image.new("RGBA", (40, 30), (9, 9, 9, 0)), [Mark("rectangle", (5, 5, 30, 20), alpha=255)])
+    assert marked.getpixel((0, 0))[3] == 0 and marked.getpixel((5, 5)) == (255, 0, 0, 255)
+
+
+# Words
+
+
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        ("rectangle", "within the red rectangle"),
+        ("ellipse", "within the red ellipse"),
+        ("triangle", "with the red triangle"),
+        ("scribble", "with the red scribble"),
+        ("mask", "with the red mask"),
+        ("mask contour", "with the red mask contour"),
+        ("point", "at the red point"),
+        ("arrow", "pointed to by the red arrow"),
+    ],
+)
+def test_words(kind, words):
+    assert Mark(kind, (1, 2, 30, 40)).words == words
+    assert Mark(kind, (1, 2, 30, 40), (1, 2, 3)).words == words.replace("red ", "")
+
+
+def test_colours():
+    assert COLOURS["lime"] == (0, 255, 0) and COLOURS["gold"] == (255, 215, 0) and len(COLOURS) == 9
+    named, rgb = (drawn(Mark("point", (9, 9), colour), (20, 20)) for colour in ("fuchsia", (255, 0, 255)))
+    assert np.array_equal(named, rgb)
+
+
+@pytest.mark.parametrize(
+    "text, mark",
+    [
+        ("red rectangle 40,30,120,110", Mark("rectangle", (40, 30, 120, 110))),
+        ("rectangle 40 30 120 110", Mark("rectangle", (40, 30, 120, 110))),
+        (" blue  mask contour 1,2, 30,4 5,60 ", Mark("mask contour", (1, 2, 30, 4, 5, 60), "blue")),
+        ("#0a0B0c point .5,0.25", Mark("point", (0.5, 0.25), (10, 11, 12))),
+        ("gold arrow 5,6 angle=-90 width=4 alpha=200", Mark("arrow", (5, 6), "gold", 200, 4, angle=-90)),
+        ("alpha=99 lime scribble 1,2 3,4", Mark("scribble", (1, 2, 3, 4), "lime", 99)),
+    ],
+)
+def test_parse(text, mark):
+    assert parse_mark(text) == mark
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "no mark is called ''"),
+        ("red", "no mark is called ''"),
+        ("red blob 1,2", "no mark is called 'blob'; expected one of rectangle, ellipse"),
+        ("pink rectangle 1,2,3,4", "colour 'pink' is unknown; expected one of red, lime"),
+        ("#12345 point 1,2", "colour '#12345' is unknown"),
+        ("#1234 point 1,2", "is unknown"),
+        ("red rectangle 1,2,3", "has 3 coordinates; expected 4"),
+        ("red rectangle 1,2,3,4,5,6", "has 6 coordinates; expected 4"),
+        ("red point", "has 0 coordinates; expected 2 to 4"),
+        ("red mask 1,2", "has 2 coordinates; expected 4 or more"),
+        ("red rectangle 5,5,5,9", "the box .* is empty"),
+        ("red arrow 9,9,5,5", "the box .* is empty"),
+        ("red triangle 1,1 2,2 3,3", "lie on one line"),
+        ("red mask 1,1 9,9 3,3 4,4", "lie on one line"),
+        ("red scribble 3,3 3,3", "are one"),
+        ("red point -3,4", "outside the picture"),
+        ("red point inf,4", "no mark is called 'point inf'"),
+        ("red point 1e999,4", "outside the picture"),
+        ("red rectangle 1,2,x,4", "expected a colour, a kind and coordinates"),
+        ("red point 1,2 size=3", "no option 'size'"),
+        ("red point 1,2 width=thick", "could not convert"),
+        ("red point 1,2 width=0", "width is 0.0"),
+        ("red point 1,2 alpha=256", "alpha is 256"),
+        ("red point 1,2 alpha=0.5", "invalid literal"),
+        ("red point 1,2 aspect=-1", "aspect, length, head are -1.0"),
+        ("red arrow 1,2 head=2", "head at most 1"),
+    ],
+)
+def test_what_is_no_mark(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_mark(text)
+
+
+@pytest.mark.parametrize("colour", [None, [255, 0, 0], (255, 0), (256, 0, 0), (0.5, 0, 0), (True, 0, 0)])
+def test_what_is_no_colour(colour):
+    with pytest.raises(ValueError, match="colour .* is unknown"):
+        Mark("point", (1, 2), colour)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mark_outside_the_picture(kind):
+    with pytest.raises(ValueError, match=f"the {kind} at 61,10 lies outside the picture of 60×40 pixels"):
+        draw_marks(Image.new("RGB", (60, 40)), [Mark(kind, (30, 2, 61, 10))])
+
+
+# Random marks, for training
+
+
+def test_random_marks_repeat_and_vary():
+    thing = [(20, 20), (60, 25), (50, 70)]
+    first, again = ([random_mark(thing, (112, 112), random) for _ in range(300)] for random in (Random(1), Random(1)))
+    assert first == again and len(set(first)) == 300
+    assert {mark.kind for mark in first} == {*KINDS} and {mark.colour for mark in first} == {*COLOURS}
+    for mark in first:
+        low, high = KINDS[mark.kind].widths
+        assert mark.width is None and not high or low <= mark.width <= high
+        low, high = KINDS[mark.kind].alphas
+        assert low <= mark.alpha <= high
+    alphas = [mark.alpha for mark in first if mark.kind != "mask"]
+    assert min(alphas) < 110 and max(alphas) > 240
+    assert len({mark.filled for mark in first if mark.kind == "arrow"}) == 2
+    assert random_mark(thing, (112, 112), Random(1), "point", "gold").words == "at the gold point"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_marks_lie_on_the_thing(kind):
+    for seed in range(200):
+        random = Random(seed)
+        size = random.randint(30, 400), random.randint(30, 400)
+        thing = random_thing(random, size)
+        mark = random_mark(thing, size, random, kind)
+        (xs, ys), points = zip(*thing), mark.points(size)
+        slack = {"ellipse": 0.25, "point": 0.5}.get(kind, 0)
+        wide, high = slack * (max(xs) - min(xs)) + 1, slack * (max(ys) - min(ys)) + 1
+        assert all(min(xs) - wide <= x <= max(xs) + wide and min(ys) - high <= y <= max(ys) + high for x, y in points)
+
+
+def test_a_thing_thin_as_a_line_can_be_marked():
+    for kind in KINDS:
+        for seed in range(20):
+            random_mark([(10, 10), (10.5, 10), (11, 30)], (112, 112), Random(seed), kind)
+
+
+def test_stands_alone():
+    tree = ast.parse(Path(marks.__file__).read_text(encoding="utf-8"))
+    imported = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert imported <= {"math", "dataclasses", "typing", "PIL"}
