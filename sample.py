@@ -3,11 +3,13 @@
     python sample.py                                              # the bundled picture, question and model
     python sample.py --image photo.jpg "What is in this picture?" --model llava-hf/llava-1.5-7b-hf
     python sample.py --image photo.jpg --model … --chat           # several turns; Ctrl-D or Ctrl-C leaves
+    python sample.py --image photo.jpg --model llava-hf/vip-llava-7b-hf --mark "red rectangle 40,30,120,110" "What is {mark}?"
 
 The answer, and nothing else, goes to standard output; what is loaded, timings and errors go to standard error.
 """
 
 import argparse
+import re
 import sys
 import time
 from pathlib import Path
@@ -17,6 +19,7 @@ import torch
 from checkpoint import checkpoint_folder
 from clip import open_image
 from llava import Chat, Llava, LlavaConfig
+from marks import draw_marks, parse_mark
 
 HERE = Path(__file__).parent
 BUNDLED_MODEL, BUNDLED_PICTURE = HERE / "tiny" / "llava", HERE / "tiny" / "example.png"
@@ -32,7 +35,13 @@ def parse_arguments():
     parser.add_argument("question", nargs="?", metavar="QUESTION", help=f'the question; "-" reads it from standard input ["{QUESTION}"]')
     parser.add_argument("--model", help="checkpoint folder, or name on the Hugging Face hub [the bundled tiny/llava]")
     parser.add_argument("--image", action="append", metavar="FILE", help="a picture; may be repeated [the bundled one, if the model is too or nothing is asked]")
-    parser.add_argument("--chat", action="store_true", help="go on asking: one question a line")
+    parser.add_argument(
+        "--mark", action="append", default=[], metavar="MARK",
+        help='draw "[colour] kind x,y,…" on the picture; {mark} in the question becomes the words for it; '
+        "may be repeated, then {mark1}, {mark2} …",
+    )  # fmt: skip
+    parser.add_argument("--save-marked", metavar="FILE", help="also save the marked picture")
+    parser.add_argument("--chat", action="store_true", help='go on asking: one question a line; "/mark MARK" adds a mark')
     parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="length of an answer at the most [512]")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: the likeliest word each time; higher: more varied [0]")
     parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens only (at a temperature above 0)")
@@ -139,9 +148,35 @@ def answer(chat, args, question, images):
         print(f"first word after {first:.2f} s, whole answer {time.perf_counter() - start:.2f} s", file=sys.stderr)
 
 
-def converse(chat, args, images):
-    """Question after question until the input ends. A question that cannot be asked is reported, and the chat goes on."""
-    status, question = 0, args.question
+def mark(images, marks, file):
+    """The pictures with the marks on them, also saved if `file` is given. Raises ValueError unless there is just one picture."""
+    if len(images) != 1:
+        raise ValueError(f"a mark is for one picture, and there are {len(images)}")
+    marked = draw_marks(images[0], marks)
+    if file:
+        marked.save(file)
+    return [marked]
+
+
+def refer(question, marks):
+    """Put the words for a mark in the place of {mark}, or of {mark1}, {mark2} … if there are several."""
+
+    def words(found):
+        number = int(found[1] or 1)
+        if not 1 <= number <= len(marks) or not found[1] and len(marks) > 1:
+            there = "is 1 mark" if len(marks) == 1 else f"are {len(marks)} marks"
+            raise ValueError(f"{found[0]}: there {there}" + ": {mark1}, {mark2} …" * (len(marks) > 1))
+        return marks[number - 1].words
+
+    return re.sub(r"\{mark(\d*)\}", words, question)
+
+
+def converse(chat, args, images, marks):
+    """Question after question until the input ends. A question that cannot be asked is reported, and the chat goes on.
+
+    "/mark" makes a new picture of the last one, and the next question brings it into the conversation.
+    """
+    status, question, picture = 0, args.question, images
     while True:
         if question is None:
             print("> ", end="", file=sys.stderr, flush=True)
@@ -152,9 +187,15 @@ def converse(chat, args, images):
                 return status
         if question:
             try:
-                answer(chat, args, question, images)
-                images = ()  # they belong to the conversation now
-            except ValueError as error:
+                command, _, rest = question.partition(" ")
+                if command == "/mark":
+                    added = parse_mark(rest)
+                    images = picture = mark(picture, [added], args.save_marked)
+                    marks = [*marks, added]
+                else:
+                    answer(chat, args, refer(question, marks), images)
+                    images = []  # they belong to the conversation now
+            except (ValueError, OSError) as error:
                 print(f"sample.py: {error}", file=sys.stderr)
                 status = 2
         question = None
@@ -172,10 +213,16 @@ def main():
         if args.question == "":
             raise ValueError("the question is empty")
         files = args.image or ([BUNDLED_PICTURE] if nothing_asked or args.model is None else [])  # else text alone
-        images = [open_image(file) for file in files]
+        images, marks = [open_image(file) for file in files], [parse_mark(text) for text in args.mark]
+        if marks:
+            images = mark(images, marks, args.save_marked)
+        elif args.save_marked and not args.chat:
+            raise ValueError("--save-marked: there is no --mark")
+        if args.question:
+            args.question = refer(args.question, marks)
         chat = load(args, len(images))
         if args.chat:
-            sys.exit(converse(chat, args, images))
+            sys.exit(converse(chat, args, images, marks))
         answer(chat, args, args.question, images)
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError):  # whoever read the answer has seen enough

@@ -8,9 +8,11 @@ import time
 
 import pytest
 import torch
+from PIL import Image
 
 from clip import open_image
 from llava import Chat
+from marks import draw_marks, parse_mark
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -99,6 +101,29 @@ def test_several_pictures_take_several_places():
     assert r"USER: <image>\n<image>\nDescribe" in err
 
 
+def test_marks_are_drawn_saved_and_spoken_of(tmp_path):
+    marks = ["red rectangle 10,10,60,60", "blue mask contour 5,5 90,10 40,100"]
+    options = [option for mark in marks for option in ("--mark", mark)]
+    file = tmp_path / "marked.png"
+    status, _, err = sample(*options, "--save-marked", file, "--show-prompt", "Is {mark1} {mark2}? {mark1}!")
+    assert status == 0 and "Is within the red rectangle with the blue mask contour? within the red rectangle! ASSISTANT" in err
+    expected = draw_marks(open_image("tiny/example.png"), [parse_mark(mark) for mark in marks])
+    assert Image.open(file).tobytes() == expected.tobytes()
+
+
+def test_a_mark_between_turns_is_a_new_picture(tmp_path):
+    marks = ["red point 10,10", "lime point 50,50"]
+    lines = ["Is there a star?", "/mark " + marks[1], "/mark of nothing", "What is {mark2}?", "Count the things."]
+    file = tmp_path / "marked.png"
+    status, out, err = sample("--chat", "--mark", marks[0], "--save-marked", file, "--show-prompt", stdin="\n".join(lines))
+    assert status == 2 and err.count("no mark is called 'nothing'") == 1 and len(out.splitlines()) == 3
+    prompts = [line for line in err.splitlines() if "USER:" in line]
+    assert [prompt.count("<image>") for prompt in prompts] == [1, 2, 2]
+    assert "<image>\\nWhat is at the lime point? ASSISTANT" in prompts[1]
+    both = draw_marks(open_image("tiny/example.png"), [parse_mark(mark) for mark in marks])
+    assert Image.open(file).tobytes() == both.tobytes()
+
+
 def test_an_output_that_cannot_show_a_character_is_no_error():
     assert sample(PYTHONIOENCODING="ascii")[0] == 0
 
@@ -123,6 +148,14 @@ MISTAKES = {
     "not UTF-8": ([b"\xff?"], "not valid Unicode"),
     "empty": ([""], "question is empty"),
     "too long": (["why " * 600], "512"),
+    "no such mark": (["--mark", "red blob 1,2"], "no mark is called 'blob'"),
+    "mark outside": (["--mark", "red point 113,5", "What is {mark}?"], "at 113,5 lies outside the picture of 112×112"),
+    "mark that is not there": (["--mark", "red point 1,2", "What is {mark2}?"], "{mark2}: there is 1 mark"),
+    "which mark": (["--mark", "red point 1,2", "--mark", "blue point 1,2", "What is {mark}?"], "{mark}: there are 2 marks: {mark1}"),
+    "mark without a picture": (["--model", "tiny/llava", "--mark", "red point 1,2", "What is {mark}?"], "there are 0"),
+    "mark on two pictures": (["--mark", "red point 1,2", *["--image", "tiny/example.png"] * 2], "there are 2"),
+    "nothing to save": (["--save-marked", "marked.png", "What?"], "there is no --mark"),
+    "no such format": (["--mark", "red point 1,2", "--save-marked", "marked.xyz", "What?"], "unknown file extension: .xyz"),
     "too many pictures": (["--image", "tiny/example.png"] * 8, "max_position_embeddings of 512"),
 }
 
