@@ -69,50 +69,76 @@ def is_held_out(scene):
     return hashlib.sha256(repr(scene).encode()).digest()[0] < 26
 
 
-def outline(kind, radius):
-    """The corners of a shape around (0, 0)."""
-    if kind == "square":
-        angles, radii = [45, 135, 225, 315], [radius * 1.25]
-    elif kind == "triangle":
-        angles, radii = [-90, 30, 150], [radius * 1.2]
-    elif kind == "star":
-        angles, radii = [36 * k - 90 for k in range(10)], [radius * 1.2, radius * 0.5]
-    else:  # a cross
-        arm = radius * 0.36
-        quarter = [(radius, -arm), (radius, arm), (arm, arm)]
-        return [_turn(x, y, 90 * turn) for turn in range(4) for x, y in quarter]
-    return [_turn(radii[k % len(radii)], 0, angle) for k, angle in enumerate(angles)]
+@dataclass(frozen=True)
+class Placed:
+    """A thing as it lies on a picture, in pixels and degrees."""
+
+    thing: Thing
+    radius: float
+    x: float
+    y: float
+    shade: tuple[int, int, int]
+    tilt: float
+
+    def outline(self, scale=1.0):
+        """The corners of its shape, or of a larger or smaller one around the same middle; a circle and a ring have many."""
+        return [(self.x + x, self.y + y) for x, y in corners(self.thing.kind, self.radius * scale, self.tilt)]
 
 
-def _turn(x, y, degrees):
-    a = math.radians(degrees)
-    return x * math.cos(a) - y * math.sin(a), x * math.sin(a) + y * math.cos(a)
-
-
-def draw(scene, random):
-    """The picture: where in its cell each thing lies, its exact size, tilt and shade are drawn at random."""
-    image = Image.new("RGB", (SIDE, SIDE), tuple(random.randint(215, 255) for _ in range(3)))
-    fine = 4  # shapes are drawn this many times larger, then reduced: smooth edges
+def place(scene, random):
+    """Where in its cell each thing lies, its exact size, tilt and shade, and the colour of the ground, drawn at random."""
+    ground, placed = tuple(random.randint(215, 255) for _ in range(3)), []
     for thing in scene:
         radius = random.uniform(*SIZES[thing.size])
         room = min(4, max(0, SIDE / 6 - radius * 1.2))  # how far from its cell's middle it may lie
         x, y = (SIDE / 6 * (2 * i + 1) + random.uniform(-room, room) for i in (thing.cell % 3, thing.cell // 3))
         shade = tuple(min(255, max(0, c + random.randint(-15, 15))) for c in COLOURS[thing.colour])
-        tilt = random.uniform(-8, 8)
-        box = 2 * math.ceil(radius * 1.3)
-        left, top = round(x) - box // 2, round(y) - box // 2
-        cx, cy = (x - left) * fine, (y - top) * fine
+        placed.append(Placed(thing, radius, x, y, shade, random.uniform(-8, 8)))
+    return ground, placed
+
+
+def paint(ground, placed):
+    """The picture of things that have their places."""
+    image = Image.new("RGB", (SIDE, SIDE), ground)
+    fine = 4  # shapes are drawn this many times larger, then reduced: smooth edges
+    for p in placed:
+        box = 2 * math.ceil(p.radius * 1.3)
+        left, top = round(p.x) - box // 2, round(p.y) - box // 2
+        cx, cy = (p.x - left) * fine, (p.y - top) * fine
         mask = Image.new("L", (box * fine, box * fine))
         pen = ImageDraw.Draw(mask)
-        if thing.kind in ("circle", "ring"):
-            pen.circle((cx, cy), radius * fine, fill=255)
-            if thing.kind == "ring":
-                pen.circle((cx, cy), radius * fine * 0.55, fill=0)
+        if p.thing.kind in ("circle", "ring"):
+            pen.circle((cx, cy), p.radius * fine, fill=255)
+            if p.thing.kind == "ring":
+                pen.circle((cx, cy), p.radius * fine * 0.55, fill=0)
         else:
-            corners = (_turn(px, py, tilt) for px, py in outline(thing.kind, radius * fine))
-            pen.polygon([(cx + px, cy + py) for px, py in corners], fill=255)
-        image.paste(shade, (left, top), mask.resize((box, box), Image.Resampling.BOX))
+            pen.polygon([(cx + x, cy + y) for x, y in corners(p.thing.kind, p.radius * fine, p.tilt)], fill=255)
+        image.paste(p.shade, (left, top), mask.resize((box, box), Image.Resampling.BOX))
     return image
+
+
+def draw(scene, random):
+    """A picture of the scene, one of many."""
+    return paint(*place(scene, random))
+
+
+def corners(kind, radius, tilt):
+    """The corners of a shape around (0, 0), turned by `tilt` degrees."""
+    if kind == "cross":
+        arm = radius * 0.36
+        quarter = [(radius, -arm), (radius, arm), (arm, arm)]
+        return [_turn(*_turn(x, y, 90 * turn), tilt) for turn in range(4) for x, y in quarter]
+    angles, radii = {
+        "square": ([45, 135, 225, 315], [radius * 1.25]),
+        "triangle": ([-90, 30, 150], [radius * 1.2]),
+        "star": ([36 * k - 90 for k in range(10)], [radius * 1.2, radius * 0.5]),
+    }.get(kind, ([10 * k for k in range(36)], [radius]))
+    return [_turn(*_turn(radii[k % len(radii)], 0, angle), tilt) for k, angle in enumerate(angles)]
+
+
+def _turn(x, y, degrees):
+    a = math.radians(degrees)
+    return x * math.cos(a) - y * math.sin(a), x * math.sin(a) + y * math.cos(a)
 
 
 # ---------------------------------------------------------------------------------------------------------- words

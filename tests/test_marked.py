@@ -1,0 +1,88 @@
+"""The tiny world with marks on it: they are on what they are said to be on, and the answers are true."""
+
+import json
+import math
+from random import Random
+
+import numpy as np
+import pytest
+
+from marks import COLOURS, KINDS
+from tiny.marked import ABOUT_ONE, ABOUT_TWO, conversation, held_out_questions, marked_scene, picture, write
+from tiny.world import COLOURS as SHADES
+from tiny.world import PLACES, is_held_out, paint
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("count", [1, 2])
+def test_marks_are_on_their_things(kind, count):
+    for seed in range(30):
+        scene, layout, marked = marked_scene(Random(seed), count, kind)
+        assert len(scene) > 1 and len(marked) == count and all(mark.kind == kind for _, mark in marked)
+        assert len({mark.words for _, mark in marked}) == len({thing.cell for thing, _ in marked}) == count
+        for thing, mark in marked:
+            changed = (np.asarray(picture(layout, [(thing, mark)])) != np.asarray(paint(*layout))).any(-1)
+            (placed,) = [placed for placed in layout[1] if placed.thing == thing]
+            rows, columns = np.nonzero(changed)
+            near = np.hypot(columns - placed.x, rows - placed.y) < 2.2 * placed.radius
+            assert near.any() and (near.mean() > 0.5 or kind == "arrow")
+            assert math.dist(COLOURS[mark.colour], SHADES[thing.colour]) > 90
+
+
+def test_half_of_the_pairs_have_one_colour():
+    pairs = [[thing.colour for thing, _ in marked_scene(Random(seed), 2)[2]] for seed in range(400)]
+    assert 150 < sum(a == b for a, b in pairs) < 250
+
+
+def test_training_and_held_out_never_meet():
+    for seed in range(200):
+        assert not is_held_out(marked_scene(Random(seed), 2)[0])
+        assert is_held_out(marked_scene(Random(seed), 1, held_out=True)[0])
+
+
+def test_every_turn_is_true():
+    """Worked out again from the words: of a question, which marks it names, and what is true of the things they are on."""
+    for seed in range(300):
+        scene, _, marked = marked_scene(Random(seed), 1 + seed % 2)
+        things = {mark.words: thing for thing, mark in marked}
+        for question, answer in conversation(scene, marked, Random(seed)):
+            named = sorted((words for words in things if words in question), key=question.index)
+            if not named:
+                assert all(str(thing) in answer.lower() for thing in scene)
+                continue
+            thing = things[named[0]]
+            right = {
+                "What is": f"A {thing}.",
+                "Which thing": f"A {thing}.",
+                "What colour": f"{thing.colour.capitalize()}.",
+                "Is the thing": f"{thing.size.capitalize()}.",
+                "How many": ("None.", "One.", "Two.", "Three.", "Four.", "Five.")[[t.kind for t in scene].count(thing.kind)],
+                "Where is": f"{PLACES[thing.cell].capitalize()}.",
+            }
+            if len(named) == 2:
+                other = things[named[1]]
+                larger = named[0] if thing.size == "large" else named[1]
+                right = {
+                    "Which is larger": "Neither." if thing.size == other.size else f"The thing {larger}.",
+                    "Are the thing": "Yes." if thing.colour == other.colour else "No.",
+                    "Is the thing": "Yes." if thing.cell % 3 < other.cell % 3 else "No.",
+                }
+                assert "left of" not in question or thing.cell % 3 != other.cell % 3
+            assert [answer] == [value for begin, value in right.items() if question.startswith(begin)], question
+
+
+def test_every_kind_of_question_and_of_mark_is_asked_alike():
+    asked = list(held_out_questions(128, seed=1))
+    pairs = [(question, mark) for question, mark, *_ in asked]
+    assert {*pairs} == {(question, mark) for question in (*ABOUT_ONE, *ABOUT_TWO) for mark in KINDS}
+    assert len({question for *_, question, _ in asked}) > 60
+    assert all(np.any(np.asarray(marked) != np.asarray(plain)) for _, _, marked, plain, _, _ in asked)
+
+
+def test_the_same_seed_gives_the_same_data(tmp_path):
+    for name in ("a", "b"):
+        write(tmp_path / name, 8, seed=3)
+    a, b = (sorted(p for p in (tmp_path / name).rglob("*") if p.is_file()) for name in ("a", "b"))
+    assert len(a) == 10 and [p.read_bytes() for p in a] == [p.read_bytes() for p in b]
+    records = json.loads((tmp_path / "a" / "instruct.json").read_text())
+    assert all(record["conversations"][0]["value"].startswith("<image>\n") for record in records)
