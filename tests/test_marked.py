@@ -49,6 +49,7 @@ def test_every_turn_is_true():
             named = sorted((words for words in things if words in question), key=question.index)
             if not named:
                 assert all(str(thing) in answer.lower() for thing in scene)
+                assert all((words in answer) == ("marks" in question) for words in things)
                 continue
             thing = things[named[0]]
             right = {

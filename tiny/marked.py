@@ -13,7 +13,7 @@ from random import Random
 from tqdm import tqdm
 
 from marks import COLOURS, KINDS, draw_marks, random_mark
-from tiny.world import NUMBERS, PLACES, SIDE, ask_description, llava_record, make_scene, paint, place, yes
+from tiny.world import NUMBERS, PLACES, SIDE, ask_description, describe, llava_record, make_scene, paint, place, yes
 
 
 AROUND = ("rectangle", "ellipse", "mask", "mask contour")
@@ -31,14 +31,19 @@ def marked_scene(random, count, kind=None, held_out=False):
         chosen = [things for things in permutations(scene, count) if count == 1 or (things[0].colour == things[1].colour) == alike]
         if len(scene) > 1 and chosen:
             break
-    layout, marked = place(scene, random), []
-    places = {placed.thing: placed for placed in layout[1]}
-    for thing in random.choice(chosen):
+    layout = place(scene, random)
+    return scene, layout, put_marks(random.choice(chosen), layout, random, kind)
+
+
+def put_marks(things, layout, random, kind=None):
+    """A mark of this kind, or of any, on each of the things: [(thing, mark), …]."""
+    marked, places = [], {placed.thing: placed for placed in layout[1]}
+    for thing in things:
         of_kind, used = kind or random.choice([*KINDS]), [mark.colour for _, mark in marked]
         colours = [colour for colour, rgb in COLOURS.items() if colour not in used and math.dist(rgb, places[thing].shade) > 120]
         outline = places[thing].outline(1.2 if of_kind in AROUND else 1.0)
         marked.append((thing, random_mark(outline, (SIDE, SIDE), random, of_kind, random.choice(colours))))
-    return scene, layout, marked
+    return marked
 
 
 def picture(layout, marked):
@@ -46,6 +51,10 @@ def picture(layout, marked):
 
 
 # Each takes a scene and its marked things, and gives (question, answer), or None where it cannot be asked.
+
+
+def ask_marked_description(scene, marked, random):
+    return "Describe the picture and its marks.", describe(scene, {thing: mark.words for thing, mark in marked})
 
 
 def ask_what(scene, marked, random):
@@ -95,14 +104,13 @@ ABOUT_TWO = {"which is larger": ask_larger, "same colour": ask_same_colour, "lef
 
 
 def conversation(scene, marked, random):
-    """A description, and every question that can be asked about each marked thing and about both, in random order."""
-    turns = [ask_description(scene, random)]
+    """Nine turns at most, of two descriptions and every question about each marked thing and about both, in random order."""
+    turns = [ask_description(scene, random), ask_marked_description(scene, marked, random)]
     turns += [ask(scene, [one], random) for ask in ABOUT_ONE.values() for one in marked]
     if len(marked) == 2:
         turns += [ask(scene, random.sample(marked, 2), random) for ask in ABOUT_TWO.values()]
     turns = [turn for turn in turns if turn]
-    random.shuffle(turns)
-    return turns
+    return random.sample(turns, min(len(turns), 9))
 
 
 def write(folder, count, seed):
@@ -114,7 +122,7 @@ def write(folder, count, seed):
         scene, layout, marked = marked_scene(random, 1 + n % 2)
         name, file = f"{n:06d}", f"images/{n:06d}.png"
         picture(layout, marked).save(folder / file)
-        align.append(llava_record(name, file, [ask_description(scene, random)]))
+        align.append(llava_record(name, file, [ask_marked_description(scene, marked, random)]))
         instruct.append(llava_record(name, file, conversation(scene, marked, random)))
     (folder / "align.json").write_text(json.dumps(align[: count // 8]))
     (folder / "instruct.json").write_text(json.dumps(instruct))

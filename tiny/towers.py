@@ -1,7 +1,11 @@
 """The two towers that tiny/llava stands on, made the way LLaVA's were: a CLIP trained on pictures and captions, of which
 the vision half is kept, and a language model trained on text alone.
 
-    python -m tiny.towers           # writes tiny/build/base: a checkpoint whose projector is still random
+    python -m tiny.towers                # writes tiny/build/base: a checkpoint whose projector is still random
+    python -m tiny.towers --style vip    # writes tiny/build/vip-base; goes on from the vision tower of tiny/llava
+
+For tiny/vip-llava the vision tower also learns what a mark looks like, as the real one did from the pictures of the web,
+before it is frozen.
 """
 
 import argparse
@@ -22,6 +26,8 @@ from checkpoint import save_checkpoint
 from clip import CLIPVision, CLIPVisionConfig, ImageProcessor
 from llama import Llama, LlamaConfig
 from llava import Llava, LlavaConfig
+from tiny.marked import conversation as marked_conversation
+from tiny.marked import marked_scene, picture, put_marks
 from tiny.world import COLOURS, KINDS, SIDE, SIZES, conversation, describe, draw, is_held_out, make_scene
 from tokenizer import Tokenizer, chat_prompt
 from train import learning_rate
@@ -33,25 +39,33 @@ TEXT = dict(
     max_position_embeddings=512, rms_norm_eps=1e-5,
 )  # fmt: skip
 CAPTION_READER = dict(vocab_size=512, hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4)
+FAMILIES = {
+    "llava": dict(architectures=["LlavaForConditionalGeneration"], model_type="llava", vision_feature_layer=-2),
+    "vip": dict(architectures=["VipLlavaForConditionalGeneration"], model_type="vipllava", vision_feature_layers=[-2, -3, -4, -5]),
+}
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # CLIP's own
 VARIANTS = 8  # scenes in a CLIP batch that differ from one another in a single thing
 
 
-def as_dialogue(turns):
-    """The text of a conversation without its picture."""
+def as_dialogue(style, random):
+    """The text of a random conversation, without its picture."""
+    if style == "vip":
+        scene, _, marked = marked_scene(random, random.randint(1, 2))
+        turns = marked_conversation(scene, marked, random)
+    else:
+        turns = conversation(make_scene(random), random)
     messages = []
     for question, answer in turns:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return chat_prompt(messages, "llava")
+    return chat_prompt(messages, style)
 
 
-def write_text_files(folder, seed):
+def write_text_files(folder, style, seed):
     """The tokenizer, trained on the world's own words with Llama's settings, and the JSON files of a checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     texts = []
     for n in range(4000):
-        random = Random(f"{seed} words {n}")
-        texts += as_dialogue(conversation(make_scene(random), random)).split("</s>")
+        texts += as_dialogue(style, Random(f"{seed} words {n}")).split("</s>")
     model = io.BytesIO()
     SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=PIECES, byte_fallback=True,
@@ -66,13 +80,11 @@ def write_text_files(folder, seed):
     files = {
         "tokenizer.json": as_tokenizer_json(SentencePieceProcessor(model_proto=model.getvalue()), special),
         "config.json": {
-            "architectures": ["LlavaForConditionalGeneration"],
-            "model_type": "llava",
+            **FAMILIES[style],
             "image_token_index": PIECES,
             "pad_token_id": PIECES + 1,
             "image_seq_length": (SIDE // 14) ** 2,
             "torch_dtype": "float16",
-            "vision_feature_layer": -2,
             "vision_feature_select_strategy": "default",
             "tie_word_embeddings": False,
             "vision_config": {"model_type": "clip_vision_model", **VISION},
@@ -183,6 +195,24 @@ def near_scenes(random, most):
     return scenes
 
 
+def plain_batch(random, size, step, steps):
+    """Pictures and captions, in groups of near scenes; of one thing at first: what tells shapes apart is learnt fastest there."""
+    scenes = [scene for _ in range(size // VARIANTS) for scene in near_scenes(random, most=1 + 5 * step // steps)]
+    return [draw(scene, random) for scene in scenes], [describe(scene) for scene in scenes]
+
+
+def marked_batch(random, size, step, steps):
+    """Pictures and captions, in groups that show the same with other marks."""
+    pictures, captions = [], []
+    for _ in range(size // VARIANTS):
+        scene, layout, _ = marked_scene(random, 1)
+        for _ in range(VARIANTS):
+            marked = put_marks(random.sample(scene, random.randint(1, 2)), layout, random)
+            pictures.append(picture(layout, marked))
+            captions.append(describe(scene, {thing: mark.words for thing, mark in marked}))
+    return pictures, captions
+
+
 def progress(steps, description):
     return tqdm(range(steps), desc=description, unit="step")
 
@@ -194,11 +224,12 @@ def optimise(loss, optimizer, parameters):
     optimizer.step()
 
 
-def train_clip(tokenizer, processor, steps, batch, seed):
+def train_clip(vision, tokenizer, processor, examples, steps, size, seed):
     """CLIP (Radford et al. 2021, figure 3): a picture's vector and its caption's should be nearer than any other pair's
-    in the batch. Both towers end in one vector: the class token's, and the last word's of a causal transformer."""
-    torch.manual_seed(seed)
-    vision, reader = initialise(CLIPVision(CLIPVisionConfig(**VISION))), initialise(Llama(LlamaConfig(**CAPTION_READER)))
+    in the batch. Both towers end in one vector: the class token's, and the last word's of a causal transformer.
+
+    examples: a function that draws `size` pictures and captions. Returns the vision tower."""
+    reader = initialise(Llama(LlamaConfig(**CAPTION_READER)))
     heads = nn.ModuleList([nn.Linear(VISION["hidden_size"], 128, bias=False), nn.Linear(CAPTION_READER["hidden_size"], 128, bias=False)])
     scale = nn.Parameter(torch.tensor(math.log(20.0)))
     parameters = [*vision.parameters(), *reader.parameters(), *heads.parameters(), scale]
@@ -209,10 +240,8 @@ def train_clip(tokenizer, processor, steps, batch, seed):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, 2e-3, 0.05)
         random = Random(f"{seed} clip {step}")
-        most = 1 + 5 * step // steps  # one thing a picture at first: what tells shapes apart is learnt fastest there
-        scenes = [scene for _ in range(batch // VARIANTS) for scene in near_scenes(random, most)]
-        pixels = processor([draw(scene, random) for scene in scenes])
-        captions = [tokenizer.encode(describe(scene)) for scene in scenes]
+        pictures, captions = examples(random, size, step, steps)
+        pixels, captions = processor(pictures), [tokenizer.encode(caption) for caption in captions]
         ends = torch.tensor([len(ids) - 1 for ids in captions])
         ids = torch.tensor([ids + [tokenizer.pad_id] * (int(ends.max()) + 1 - len(ids)) for ids in captions])
 
@@ -228,7 +257,7 @@ def train_clip(tokenizer, processor, steps, batch, seed):
     return vision
 
 
-def train_language_model(tokenizer, steps, batch, seed):
+def train_language_model(tokenizer, style, steps, batch, seed):
     """Next-word prediction on the world's conversations, of which it never sees a picture."""
     torch.manual_seed(seed)
     model = initialise(Llama(LlamaConfig(**TEXT)))
@@ -239,7 +268,7 @@ def train_language_model(tokenizer, steps, batch, seed):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, 1e-3, 0.05)
         random = Random(f"{seed} llama {step}")
-        rows = [tokenizer.encode(as_dialogue(conversation(make_scene(random), random))) for _ in range(batch)]
+        rows = [tokenizer.encode(as_dialogue(style, random)) for _ in range(batch)]
         width = max(map(len, rows))
         ids = torch.tensor([row + [tokenizer.pad_id] * (width - len(row)) for row in rows])
         logits = model.lm_head(model(model.embed(ids[:, :-1])))
@@ -251,21 +280,29 @@ def train_language_model(tokenizer, steps, batch, seed):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("tiny/build/base"))
-    parser.add_argument("--clip-steps", type=int, default=3500)
+    parser.add_argument("--style", choices=[*FAMILIES], default="llava")
+    parser.add_argument("--out", type=Path, help="[tiny/build/base or tiny/build/vip-base]")
+    parser.add_argument("--clip-steps", type=int, help="[3500; 1200 to learn marks]")
     parser.add_argument("--clip-batch", type=int, default=128)
     parser.add_argument("--llama-steps", type=int, default=300)
     parser.add_argument("--llama-batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    vip = args.style == "vip"
+    out, steps = args.out or Path("tiny/build") / ("vip-base" if vip else "base"), args.clip_steps or (1200 if vip else 3500)
 
-    write_text_files(args.out, args.seed)
-    tokenizer, processor = Tokenizer.from_pretrained(args.out), ImageProcessor.from_pretrained(args.out)
+    write_text_files(out, args.style, args.seed)
+    tokenizer, processor = Tokenizer.from_pretrained(out), ImageProcessor.from_pretrained(out)
     torch.manual_seed(args.seed)
-    model = Llava(LlavaConfig.from_pretrained(args.out))  # for its random projector
-    model.language_model = train_language_model(tokenizer, args.llama_steps, args.llama_batch, args.seed)
-    model.vision_tower = train_clip(tokenizer, processor, args.clip_steps, args.clip_batch, args.seed)
-    save_checkpoint(model, args.out, args.out, torch.float16)
+    model = Llava(LlavaConfig.from_pretrained(out))  # for its random projector
+    model.language_model = train_language_model(tokenizer, args.style, args.llama_steps, args.llama_batch, args.seed)
+    torch.manual_seed(args.seed)
+    if vip:
+        vision, examples = Llava.from_pretrained("tiny/llava", dtype=torch.float32).vision_tower.requires_grad_(True), marked_batch
+    else:
+        vision, examples = initialise(CLIPVision(CLIPVisionConfig(**VISION))), plain_batch
+    model.vision_tower = train_clip(vision, tokenizer, processor, examples, steps, args.clip_batch, args.seed)
+    save_checkpoint(model, out, out, torch.float16)
 
 
 if __name__ == "__main__":
