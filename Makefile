@@ -20,14 +20,19 @@ tiny: .venv/installed            # make tiny/llava again, from nothing but seeds
 
 tiny/data/instruct.json:
 	.venv/bin/python -m tiny.world
+tiny/more-data/instruct.json:
+	.venv/bin/python -m tiny.world --out tiny/more-data --count 40000 --each 2 --seed 1
 tiny/build/base/model.safetensors:
 	.venv/bin/python -m tiny.towers
 tiny/build/aligned/model.safetensors: | tiny/build/base/model.safetensors tiny/data/instruct.json
 	.venv/bin/python train.py --stage 1 --model tiny/build/base --data tiny/data/align.json --images tiny/data \
 		--out tiny/build/aligned --batch-size 32 --lr 2e-3
-tiny/build/llava/model.safetensors: | tiny/build/aligned/model.safetensors
+tiny/build/tuned/model.safetensors: | tiny/build/aligned/model.safetensors
 	.venv/bin/python train.py --stage 2 --model tiny/build/aligned --data tiny/data/instruct.json --images tiny/data \
-		--out tiny/build/llava --batch-size 16 --lr 1e-3 --epochs 3
+		--out tiny/build/tuned --batch-size 16 --lr 1e-3 --epochs 3
+tiny/build/llava/model.safetensors: | tiny/build/tuned/model.safetensors tiny/more-data/instruct.json
+	.venv/bin/python train.py --stage 2 --model tiny/build/tuned --data tiny/more-data/instruct.json --images tiny/more-data \
+		--out tiny/build/llava --batch-size 16 --lr 5e-4
 
 .venv/installed: requirements.txt
 	@echo "Installing PyTorch and six small packages into .venv, once."

@@ -272,10 +272,13 @@ QUESTIONS = {
 # ---------------------------------------------------------------------------------------------------------- data
 
 
-def conversation(scene, random):
-    """One question of each kind that the scene allows, in random order: [(question, answer), …]."""
-    turns = [ask(scene, random) for ask in QUESTIONS.values()]
-    turns = [turn for turn in turns if turn]
+def conversation(scene, random, each=1):
+    """Questions of each kind that the scene allows, in random order: [(question, answer), …].
+
+    each: how many of a kind, some of which may be the same and are then asked once; a description is asked for once.
+    """
+    turns = [ask(scene, random) for kind, ask in QUESTIONS.items() for _ in range(1 if kind == "describe" else each)]
+    turns = [turn for turn in dict.fromkeys(turns) if turn]
     random.shuffle(turns)
     return turns
 
@@ -289,7 +292,7 @@ def llava_record(name, image, turns):
     return {"id": name, "image": image, "conversations": said}
 
 
-def write(folder, count, seed):
+def write(folder, count, seed, each=1):
     """Training data: pictures, `align.json` for stage 1 (one description a picture), `instruct.json` for stage 2 (many
     turns a picture)."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
@@ -299,7 +302,7 @@ def write(folder, count, seed):
         scene, name, file = make_scene(random), f"{n:06d}", f"images/{n:06d}.png"
         draw(scene, random).save(folder / file)
         align.append(llava_record(name, file, [ask_description(scene, random)]))
-        instruct.append(llava_record(name, file, conversation(scene, random)))
+        instruct.append(llava_record(name, file, conversation(scene, random, each)))
     (folder / "align.json").write_text(json.dumps(align[: count // 8]))  # enough for a projector
     (folder / "instruct.json").write_text(json.dumps(instruct))
 
@@ -329,7 +332,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("tiny/data"))
     parser.add_argument("--count", type=int, default=64000, help="pictures to draw")
+    parser.add_argument("--each", type=int, default=1, help="questions of each kind")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    write(args.out, args.count, args.seed)
+    write(args.out, args.count, args.seed, args.each)
     example()[1].save(Path(__file__).parent / "example.png")
