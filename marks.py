@@ -10,6 +10,7 @@ of ours.
 """
 
 import math
+import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -305,3 +306,19 @@ def parse_mark(text):
     except ValueError as error:
         raise ValueError(f"mark {text!r}: {error}; {expected}") from None
     return Mark(" ".join(names), coordinates, colour, **values)
+
+
+def refer(question, marks):
+    """A question with the words for a mark in the place of {mark}, or of {mark1}, {mark2} … if there are several.
+
+    Raises ValueError where it is not clear which mark, or there is none.
+    """
+
+    def words(found):
+        number = int(found[1] or 1)
+        if not 1 <= number <= len(marks) or not found[1] and len(marks) > 1:
+            there = "is 1 mark" if len(marks) == 1 else f"are {len(marks)} marks"
+            raise ValueError(f"{found[0]}: there {there}" + ": {mark1}, {mark2} …" * (len(marks) > 1))
+        return marks[number - 1].words
+
+    return re.sub(r"\{mark(\d*)\}", words, question)

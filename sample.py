@@ -9,7 +9,6 @@ The answer, and nothing else, goes to standard output; what is loaded, timings a
 """
 
 import argparse
-import re
 import sys
 import time
 from pathlib import Path
@@ -18,13 +17,13 @@ import torch
 
 from checkpoint import checkpoint_folder
 from clip import open_image
+from device import choose_device, choose_dtype, free_memory
 from llava import Chat, Llava, LlavaConfig
-from marks import draw_marks, parse_mark
+from marks import draw_marks, parse_mark, refer
 
 HERE = Path(__file__).parent
 BUNDLED_MODEL, BUNDLED_PICTURE = HERE / "tiny" / "llava", HERE / "tiny" / "example.png"
 QUESTION = "Describe the picture."
-SMALL = 100e6  # parameters: below this 16 bits save nothing that one would notice
 
 
 def parse_arguments():
@@ -59,43 +58,6 @@ def fail(message):
     """A user's mistake: one line on standard error, exit status 2."""
     print(f"sample.py: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
-
-
-def choose_device(name):
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind, _, index = name.partition(":")
-    if kind not in ("cuda", "mps", "cpu") or not (index.isdecimal() or name == kind):
-        raise ValueError(f"--device {name}: expected cuda, cuda:1 …, mps or cpu")
-    there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}[kind]
-    if int(index or 0) >= there:
-        why = f"; this PyTorch ({torch.__version__}) is built without CUDA" if kind == "cuda" and torch.version.cuda is None else ""
-        raise ValueError(f"--device {name}: PyTorch sees {there} such devices here{why}")
-    return name
-
-
-def choose_dtype(device, parameters):
-    """The type that is fast: 16 bits for a large model, bfloat16 where the hardware multiplies it, never float16 on a CPU."""
-    if parameters < SMALL:
-        return torch.float32
-    if device.startswith("cuda"):
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    if device == "mps":
-        return torch.float16
-    info = Path("/proc/cpuinfo")  # absent where the system is not Linux: such a CPU gets float32
-    flags = info.read_text().split() if info.exists() else ()
-    return torch.bfloat16 if {"avx512_bf16", "amx_bf16", "bf16"} & set(flags) else torch.float32
-
-
-def free_memory(device):
-    """Bytes that the device can still give, or None where the system does not say."""
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
-    if device == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
-    info = Path("/proc/meminfo")
-    lines = info.read_text().splitlines() if info.exists() else ()
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
 
 
 def size(bytes):
@@ -156,19 +118,6 @@ def mark(images, marks, file):
     if file:
         marked.save(file)
     return [marked]
-
-
-def refer(question, marks):
-    """Put the words for a mark in the place of {mark}, or of {mark1}, {mark2} … if there are several."""
-
-    def words(found):
-        number = int(found[1] or 1)
-        if not 1 <= number <= len(marks) or not found[1] and len(marks) > 1:
-            there = "is 1 mark" if len(marks) == 1 else f"are {len(marks)} marks"
-            raise ValueError(f"{found[0]}: there {there}" + ": {mark1}, {mark2} …" * (len(marks) > 1))
-        return marks[number - 1].words
-
-    return re.sub(r"\{mark(\d*)\}", words, question)
 
 
 def converse(chat, args, images, marks):

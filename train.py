@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from checkpoint import checkpoint_folder, read_headers, save_checkpoint
 from clip import ImageProcessor, open_image
+from device import choose_device
 from llava import IGNORED, Llava
 from tokenizer import STYLES, Tokenizer, chat_prompt
 
@@ -163,7 +164,7 @@ def main():
     parser.add_argument("--warmup", type=float, default=0.03, help="share of the steps")
     parser.add_argument("--max-length", type=positive(int), default=2048, help="tokens of a conversation, features of its picture included")
     parser.add_argument("--pad", action="store_true", help="pad pictures to a square, as the original does")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto", help="cuda, mps or cpu; auto: the first of them that is there")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation; what is trained is float32")
     parser.add_argument("--workers", type=int, default=0, help="processes that read pictures")
     parser.add_argument("--save-every", type=positive(float), default=5, help="minutes between saved states")
@@ -189,10 +190,7 @@ def positive(kind):
 
 def train(args):
     torch.manual_seed(args.seed)
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    args.device = choose_device(args.device)
     source, dtype = checkpoint_folder(args.model), getattr(torch, args.dtype)
     if (args.out / "model.safetensors").is_file():
         raise ValueError(f"{args.out} holds a finished checkpoint; remove it, or give another --out")

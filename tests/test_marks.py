@@ -276,4 +276,4 @@ def test_stands_alone():
     tree = ast.parse(Path(marks.__file__).read_text(encoding="utf-8"))
     imported = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
     imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert imported <= {"math", "dataclasses", "typing", "PIL"}
+    assert imported <= {"math", "re", "dataclasses", "typing", "PIL"}

@@ -144,9 +144,9 @@ def _turn(x, y, degrees):
 # ---------------------------------------------------------------------------------------------------------- words
 
 
-def describe(scene, notes={}):
+def describe(scene, notes=None):
     """"A large red circle at the top left and a small blue star in the centre." notes: {thing: what to add to its place}."""
-    phrases = [" ".join(["a", str(thing), PLACES[thing.cell], *filter(None, [notes.get(thing)])]) for thing in scene]
+    phrases = [" ".join(["a", str(thing), PLACES[thing.cell], *(notes or {}).get(thing, "").split()]) for thing in scene]
     text = " and ".join(filter(None, [", ".join(phrases[:-1]), phrases[-1]]))
     return text[0].upper() + text[1:] + "."
 

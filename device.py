@@ -1,0 +1,48 @@
+"""Where to compute: the device, the number type that is fast on it, and the memory that it has left. Imports nothing of ours."""
+
+from pathlib import Path
+
+import torch
+
+SMALL = 100e6  # parameters: below this 16 bits save nothing that one would notice
+
+
+def choose_device(name):
+    """The device that a --device option means: "auto" is the first of cuda, mps and cpu that is there.
+
+    Raises ValueError for one that is not.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if kind not in ("cuda", "mps", "cpu") or not (index.isdecimal() or name == kind):
+        raise ValueError(f"--device {name}: expected cuda, cuda:1 …, mps or cpu")
+    there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}[kind]
+    if int(index or 0) >= there:
+        why = f"; this PyTorch ({torch.__version__}) is built without CUDA" if kind == "cuda" and torch.version.cuda is None else ""
+        raise ValueError(f"--device {name}: PyTorch sees {there} such devices here{why}")
+    return name
+
+
+def choose_dtype(device, parameters):
+    """The type that is fast: 16 bits for a large model, bfloat16 where the hardware multiplies it, never float16 on a CPU."""
+    if parameters < SMALL:
+        return torch.float32
+    if device.startswith("cuda"):
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if device == "mps":
+        return torch.float16
+    info = Path("/proc/cpuinfo")  # absent where the system is not Linux: such a CPU gets float32
+    flags = info.read_text().split() if info.exists() else ()
+    return torch.bfloat16 if {"avx512_bf16", "amx_bf16", "bf16"} & set(flags) else torch.float32
+
+
+def free_memory(device):
+    """Bytes that the device can still give, or None where the system does not say."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    if device == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    info = Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if info.exists() else ()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
