@@ -36,9 +36,9 @@ class CLIPVisionConfig:
 
     def __post_init__(self):
         for f in fields(self):
-            value = getattr(self, f.name)
-            if f.name != "hidden_act" and not (type(value) in (int, f.type) and value > 0):
-                raise ValueError(f"vision_config has {f.name} {value!r}; expected a positive {f.type.__name__}")
+            value, most = getattr(self, f.name), 2**20  # no model has more, and a product of three such sizes fits 64 bits
+            if f.name != "hidden_act" and not (type(value) in (int, f.type) and 0 < value <= most):
+                raise ValueError(f"vision_config has {f.name} {value!r}; expected a positive {f.type.__name__} up to {most:,}")
         if self.patch_size > self.image_size:
             raise ValueError(f"vision_config has patch_size {self.patch_size}, larger than its image_size {self.image_size}")
         if self.hidden_act != "quick_gelu":

@@ -37,9 +37,12 @@ class LlamaConfig:
             value, kind = getattr(self, f.name), f.type
             optional = not isinstance(kind, type)  # int | None
             kind = int if optional else kind
-            good = type(value) is bool if kind is bool else type(value) in (int, kind) and value > 0
+            most = 10**12 if kind is float else 2**20  # no model has more, and a product of three such sizes fits 64 bits
+            good, expected = type(value) in (int, kind) and 0 < value <= most, f"a positive {kind.__name__} up to {most:,}"
+            if kind is bool:
+                good, expected = type(value) is bool, "true or false"
             if not good and not (optional and value is None):
-                raise ValueError(f"text_config has {f.name} {value!r}; expected a {'positive ' * (kind is not bool)}{kind.__name__}")
+                raise ValueError(f"text_config has {f.name} {value!r}; expected {expected}")
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         if self.num_attention_heads % self.num_key_value_heads:

@@ -343,12 +343,12 @@ def check_message(error, kind, words, folder):
 
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 ODD_VALUES = [  # (the part of config.json or None, field, values that make no sense there)
-    *[("text_config", name, ("16", -16, None)) for name in (*SIZES, "vocab_size", "max_position_embeddings")],
-    *[("vision_config", name, ("16", 0, [16])) for name in (*SIZES, "image_size", "patch_size", "num_channels")],
+    *[("text_config", name, ("16", -16, None, 10**10)) for name in (*SIZES, "vocab_size", "max_position_embeddings")],
+    *[("vision_config", name, ("16", 0, [16], 10**10)) for name in (*SIZES, "image_size", "patch_size", "num_channels")],
     ("text_config", "num_key_value_heads", ("2", -2)),
     ("text_config", "head_dim", ("4", -4, 5)),  # RoPE turns pairs of dimensions
     ("text_config", "rms_norm_eps", ("1e-5", -1e-5, None)),
-    ("text_config", "rope_theta", ("1e4", 0, None)),
+    ("text_config", "rope_theta", ("1e4", 0, None, float("inf"), float("nan"))),
     ("text_config", "rope_scaling", ("linear", [2.0])),
     ("text_config", "rope_parameters", ("default", [1e4])),
     ("vision_config", "patch_size", (29,)),  # larger than the picture
