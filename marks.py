@@ -49,6 +49,10 @@ KINDS = {
     "mask contour": Kind("with", (2, MANY), 1, (1, 2)),
 }
 SIDE = 336  # widths and lengths are given for a picture whose longer side is this, and scaled with it
+LIMITS = (  # of a mark's numbers, from–to: beyond them nothing can be recognised, and drawing takes its time
+    ("alpha", 1, 255), ("width", 0.01, SIDE), ("aspect", 0.1, 10), ("angle", -360, 360), ("length", 1, 2 * SIDE),
+    ("head", 0.01, 1), ("bent", -SIDE, SIDE),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,8 @@ class Mark:
     Widths and lengths are in pixels of a picture whose longer side is 336 and grow with the picture. What the original
     draws at random has a parameter here: `aspect` of a point, wider (above 1) or higher (below); and of an arrow the
     `angle` at which its tail lies, in degrees clockwise from the right (None: towards the picture's middle), its
-    `length`, the part of it that is `head`, whether that is `filled`, and how far its shaft is `bent` sideways.
-    Raises ValueError for whatever is not a mark.
+    `length`, the part of it that is `head`, whether that is `filled`, and how far its shaft is `bent` sideways. A kind
+    leaves aside what is another's. Raises ValueError for whatever is not a mark.
     """
 
     kind: str
@@ -84,23 +88,27 @@ class Mark:
     bent: float = 0.0
 
     def __post_init__(self):
-        if self.kind not in KINDS:
+        if self.kind not in [*KINDS]:
             raise ValueError(f"no mark is called {self.kind!r}; expected one of {', '.join(KINDS)}")
-        if not (isinstance(self.colour, str) and self.colour in COLOURS or _is_rgb(self.colour)):
-            raise ValueError(f"colour {self.colour!r} is unknown; expected one of {', '.join(COLOURS)}, or three numbers from 0 to 255")
-        if not 1 <= self.alpha <= 255:
-            raise ValueError(f"alpha is {self.alpha}; expected 1 to 255")
-        if self.width is not None and not 0 < self.width < math.inf:
-            raise ValueError(f"width is {self.width}; expected more than 0")
-        if not (0 < self.aspect < math.inf and 0 < self.length < math.inf and 0 < self.head <= 1):
-            raise ValueError(f"aspect, length, head are {self.aspect}, {self.length}, {self.head}; expected above 0, head at most 1")
+        if not (self.colour in [*COLOURS] or _is_rgb(self.colour)):
+            expected = f"one of {', '.join(COLOURS)}, or (red, green, blue), each 0 to 255 (#rrggbb in a line of text)"
+            raise ValueError(f"colour {self.colour!r} is unknown; expected {expected}")
+        for name, low, high in LIMITS:
+            value, kinds = getattr(self, name), int if name == "alpha" else int | float
+            optional = value is None and name in ("width", "angle")
+            if not optional and not (isinstance(value, kinds) and low <= value <= high):
+                raise ValueError(f"{name} is {value!r}; expected {'a whole number' if kinds is int else 'a number'} from {low} to {high}")
+        try:
+            object.__setattr__(self, "coordinates", tuple(map(float, self.coordinates)))
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"coordinates are {self.coordinates!r}; expected numbers ({error})") from None
         fewest, most = KINDS[self.kind].points
         n = len(self.coordinates)
         if n % 2 or not fewest <= n // 2 <= most:
             counts = f"{2 * fewest}" if fewest == most else f"{2 * fewest} or more" if most == MANY else f"{2 * fewest} to {2 * most}"
-            raise ValueError(f"a {self.kind} at {self.coordinates} has {n} coordinates; expected {counts}, in pairs of x, y")
+            raise ValueError(f"{self.kind} at {self.coordinates} has {n} coordinates; expected {counts}, in pairs of x, y")
         if not all(math.isfinite(value) and value >= 0 for value in self.coordinates):
-            raise ValueError(f"a {self.kind} at {self.coordinates} lies outside the picture: expected numbers from 0 up")
+            raise ValueError(f"{self.kind} at {self.coordinates} lies outside the picture: expected numbers from 0 up")
         corners = self._pairs()
         if self._is_box and not (corners[0][0] < corners[1][0] and corners[0][1] < corners[1][1]):
             raise ValueError(f"the box {self.coordinates} is empty; expected left, top, right, bottom, with left < right and top < bottom")
@@ -129,6 +137,8 @@ class Mark:
             points = [(x * width, y * height) for x, y in points]
         if outside := [(x, y) for x, y in points if x > width or y > height]:
             raise ValueError(f"the {self.kind} at {outside[0][0]:g},{outside[0][1]:g} lies outside the picture of {width}×{height} pixels")
+        if self._is_box and min(points[1][0] - points[0][0], points[1][1] - points[0][1]) < 1:
+            raise ValueError(f"the box {self.coordinates} is narrower than a pixel; if not all numbers are 0 to 1, they are pixels")
         return [(min(x, width - 1), min(y, height - 1)) for x, y in points]  # the far edge is the last pixel
 
 
@@ -160,7 +170,7 @@ def _draw(pen, mark, size):
     points, scale = mark.points(size), max(size) / SIDE
     rgb = COLOURS[mark.colour] if isinstance(mark.colour, str) else mark.colour
     ink = (*rgb, mark.alpha)
-    width = max(1, int((mark.width or KINDS[mark.kind].width) * scale))
+    width = max(1, int((mark.width or KINDS[mark.kind].width) * scale + 1e-6))  # n / scale · scale may be just below n
     if mark._is_box:
         (left, top), (right, bottom) = points
         middle = ((left + right) / 2, (top + bottom) / 2)
@@ -237,17 +247,20 @@ def random_mark(where, size, random, kind=None, colour=None):
     elif kind == "arrow":
         points = [(x + random.uniform(-0.25, 0.25) * width, y + random.uniform(-0.25, 0.25) * height)]
         more["angle"], more["head"] = random.uniform(0, 360), random.uniform(0.2, 0.5)
-        more["length"] = random.uniform(*sorted((0.8 * min(width, height) * SIDE / max(size), 50)))
+        more["length"] = random.uniform(*sorted((max(1, 0.8 * min(width, height) * SIDE / max(size)), 50)))
         more["bent"], more["filled"] = random.choice((0, random.uniform(-5, 5))), random.random() < 0.5
     else:
         points = where
-    low, high = KINDS[kind].widths
+    if max(map(max, points)) <= 1:  # so close to the corner, pixels would be read as parts of the picture
+        points = [(x / size[0], y / size[1]) for x, y in points]
+    scale = max(size) / SIDE
+    low, high = (int(width * scale) for width in KINDS[kind].widths)  # whole pixels of this picture
     return Mark(
         kind,
         tuple(value for point in points for value in point),
         colour,
         alpha=random.randint(*KINDS[kind].alphas),
-        width=random.uniform(low, high) or None,
+        width=max(1, random.randint(low, high)) / scale if KINDS[kind].width else None,
         **more,
     )
 
@@ -280,7 +293,7 @@ def _bezier(control, steps=32):
 def parse_mark(text):
     """A Mark from one line: [colour] kind coordinates [option=value …].
 
-    "red rectangle 40,30,120,110", "#20c0ff mask contour 10,10 60,12 40,50", "blue arrow 0.5,0.4 angle=90 width=4". The
+    "red rectangle 40,30,120,110", "#20c0ff mask contour 10,10 60,12 40,50", "blue arrow 0.5,0.4 angle=90 filled=0". The
     colour is a name or #rrggbb. Raises ValueError, saying what was expected.
     """
     words = text.replace(",", " ").split()
@@ -297,11 +310,11 @@ def parse_mark(text):
             colour = tuple(bytes.fromhex(colour[1:]))
         except ValueError:
             pass  # Mark will name it
-    unknown = [name for name in options if name not in ("alpha", "width", "aspect", "angle", "length", "head", "bent")]
-    if unknown:
-        raise ValueError(f"mark {text!r}: no option {unknown[0]!r}; expected alpha, width, aspect, angle, length, head or bent")
+    known = [*(name for name, *_ in LIMITS), "filled"]
+    if unknown := [name for name in options if name not in known]:
+        raise ValueError(f"mark {text!r}: no option {unknown[0]!r}; expected one of {', '.join(known)}")
     try:
-        values = {name: (int if name == "alpha" else float)(value) for name, value in options.items()}
+        values = {name: (int if name in ("alpha", "filled") else float)(value) for name, value in options.items()}
         coordinates = tuple(map(float, numbers))
     except ValueError as error:
         raise ValueError(f"mark {text!r}: {error}; {expected}") from None
@@ -321,4 +334,4 @@ def refer(question, marks):
             raise ValueError(f"{found[0]}: there {there}" + ": {mark1}, {mark2} …" * (len(marks) > 1))
         return marks[number - 1].words
 
-    return re.sub(r"\{mark(\d*)\}", words, question)
+    return re.sub(r"\{mark(\d{0,3})\}", words, question)

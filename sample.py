@@ -9,11 +9,13 @@ The answer, and nothing else, goes to standard output; what is loaded, timings a
 """
 
 import argparse
+import io
 import sys
 import time
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from checkpoint import checkpoint_folder
 from clip import open_image
@@ -115,8 +117,13 @@ def mark(images, marks, file):
     if len(images) != 1:
         raise ValueError(f"a mark is for one picture, and there are {len(images)}")
     marked = draw_marks(images[0], marks)
-    if file:
-        marked.save(file)
+    if file is not None:
+        encoded = io.BytesIO()  # first in memory: what cannot be written leaves the file as it was
+        try:
+            marked.save(encoded, Image.registered_extensions()[Path(file).suffix.lower()])
+        except Exception as error:  # each of Pillow's writers fails in its own way
+            raise ValueError(f"--save-marked {file!r}: cannot be written ({error!r}); try a name that ends in .png") from None
+        Path(file).write_bytes(encoded.getvalue())
     return [marked]
 
 
@@ -136,9 +143,11 @@ def converse(chat, args, images, marks):
                 return status
         if question:
             try:
-                command, _, rest = question.partition(" ")
-                if command == "/mark":
-                    added = parse_mark(rest)
+                if question.startswith("/"):
+                    command, *rest = question.split(None, 1)
+                    if command != "/mark":
+                        raise ValueError(f'{command!r} is no command; there is "/mark red rectangle 40,30,120,110"')
+                    added = parse_mark("".join(rest))
                     images = picture = mark(picture, [added], args.save_marked)
                     marks = [*marks, added]
                 else:
@@ -165,7 +174,7 @@ def main():
         images, marks = [open_image(file) for file in files], [parse_mark(text) for text in args.mark]
         if marks:
             images = mark(images, marks, args.save_marked)
-        elif args.save_marked and not args.chat:
+        elif args.save_marked is not None and not args.chat:
             raise ValueError("--save-marked: there is no --mark")
         if args.question:
             args.question = refer(args.question, marks)

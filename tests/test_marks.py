@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import marks
-from marks import COLOURS, KINDS, Mark, draw_marks, parse_mark, random_mark
+from marks import COLOURS, KINDS, Mark, draw_marks, parse_mark, random_mark, refer
 from tests.make_marks import FILE, sheet
 
 GROUND = (120, 130, 140)
@@ -111,10 +111,41 @@ def test_default_widths_and_alpha_are_the_demos():
     assert red.tolist() == [128, 0, 0]
 
 
+@pytest.mark.parametrize(
+    "mark, line, pixels",  # a line of pixels across the mark, on a picture of 672
+    [
+        ("rectangle 100,100,500,500", (300, slice(0, 300)), 6),
+        ("ellipse 100,100,500,500", (slice(0, 300), 300), 6),
+        ("triangle 100,100,500,500", (slice(400, 672), 300), 6),
+        ("scribble 100,300,500,300", (slice(0, 672), 300), 6),
+        ("arrow 100,300 angle=0", (slice(0, 672), 180), 6),
+        ("mask contour 100,100,500,500", (300, slice(0, 300)), 5),
+        ("point 300,300", (300, slice(0, 672)), 33),
+    ],
+)
+def test_default_widths(mark, line, pixels):
+    assert abs(drawn(parse_mark(mark), (672, 672))[line].sum() - pixels) <= 1
+
+
+def test_a_later_mark_lies_over_an_earlier_one():
+    marks = [Mark("mask", (0, 0, 9, 9), colour, 255) for colour in ("red", "blue", "lime")]
+    assert draw_marks(Image.new("RGB", (10, 10)), marks).getpixel((5, 5)) == COLOURS["lime"]
+
+
+def test_an_arrows_head_is_filled_or_open():
+    heads = [drawn(Mark("arrow", (100, 100), angle=0, length=80, head=0.5, width=2, filled=filled), (336, 336)) for filled in (True, False)]
+    filled, opened = (head[60:141, 95:125] for head in heads)  # the barbs end at 120, 35 above and below
+    assert opened.any(1).sum() > 60 and opened.sum() < filled.sum() / 3
+    assert np.array_equal(drawn(Mark("arrow", (80, 90, 120, 110), angle=0), (336, 336)), drawn(Mark("arrow", (100, 100), angle=0), (336, 336)))
+    small = drawn(Mark("arrow", (100, 100), angle=0, length=8, head=0.1), (336, 336))
+    assert np.flatnonzero(small.any(1)).size >= 9  # a head of 6 at the least: its barbs reach 5 to either side
+
+
 def test_fractions_are_parts_of_the_picture():
     for kind in KINDS:
         pixels, parts = Mark(kind, (50, 20, 150, 80)), Mark(kind, (0.25, 0.2, 0.75, 0.8))
         assert np.array_equal(drawn(pixels, (200, 100)), drawn(parts, (200, 100)))
+    assert drawn(Mark("mask", (0, 0, 1, 1)), (200, 100)).all()
 
 
 def test_an_arrow_touches_its_target_and_comes_from_where_it_is_said():
@@ -139,6 +170,11 @@ def test_any_mode_and_the_picture_itself_stays(mode):
 def test_what_was_transparent_stays_so():
     marked = draw_marks(Image.new("RGBA", (40, 30), (9, 9, 9, 0)), [Mark("rectangle", (5, 5, 30, 20), alpha=255)])
     assert marked.getpixel((0, 0))[3] == 0 and marked.getpixel((5, 5)) == (255, 0, 0, 255)
+    assert draw_marks(Image.new("RGBA", (40, 30)), [Mark("mask", (5, 5, 30, 20))]).getpixel((9, 9)) == (255, 0, 0, 128)
+    for mode, transparency in (("P", 0), ("L", 0), ("RGB", (0, 0, 0))):
+        image = Image.new(mode, (40, 30))
+        image.info["transparency"] = transparency
+        assert draw_marks(image, [Mark("point", (20, 15))]).getpixel((0, 0))[3] == 0
 
 
 # Words
@@ -183,6 +219,20 @@ def test_parse(text, mark):
     assert parse_mark(text) == mark
 
 
+def test_a_question_refers_to_its_marks():
+    one, two = Mark("point", (1, 2)), Mark("arrow", (1, 2), "blue")
+    assert refer("What is {mark}?", [one]) == refer("What is {mark1}?", [one]) == "What is at the red point?"
+    assert refer("{mark2}, {mark1} {} {Mark} {mark x}", [one, two]) == "pointed to by the blue arrow, at the red point {} {Mark} {mark x}"
+    for question, marks, message in (
+        ("{mark}", [], "there are 0 marks"),
+        ("{mark}", [one, two], "there are 2 marks: {mark1}, {mark2}"),
+        ("{mark0}", [one], "{mark0}: there is 1 mark"),
+        ("{mark3}", [one, two], "{mark3}: there are 2 marks"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            refer(question, marks)
+
+
 # Errors
 
 
@@ -210,11 +260,21 @@ def test_parse(text, mark):
         ("red rectangle 1,2,x,4", "expected a colour, a kind and coordinates"),
         ("red point 1,2 size=3", "no option 'size'"),
         ("red point 1,2 width=thick", "could not convert"),
-        ("red point 1,2 width=0", "width is 0.0"),
-        ("red point 1,2 alpha=256", "alpha is 256"),
+        ("red point 1,2 width=0", "width is 0.0; expected a number from 0.01 to 336"),
+        ("red point 1,2 width=inf", "width is inf"),
+        ("red arrow 1,2 width=1e308", "width is 1e"),
+        ("red point 1,2 alpha=256", "alpha is 256; expected a whole number from 1 to 255"),
+        ("red point 1,2 alpha=0", "alpha is 0"),
+        ("red arrow 1,2 length=0", "length is 0.0"),
+        ("red arrow 1,2 length=1e308", "length is 1e"),
+        ("red arrow 1,2 head=0", "head is 0.0"),
+        ("red arrow 1,2 angle=nan", "angle is nan"),
+        ("red arrow 1,2 bent=inf", "bent is inf"),
+        ("red arrow 1,2 filled=yes", "invalid literal"),
+        ("red rectangle 5,5,9,5", "the box .* is empty"),
         ("red point 1,2 alpha=0.5", "invalid literal"),
-        ("red point 1,2 aspect=-1", "aspect, length, head are -1.0"),
-        ("red arrow 1,2 head=2", "head at most 1"),
+        ("red point 1,2 aspect=-1", "aspect is -1.0"),
+        ("red arrow 1,2 head=2", "head is 2.0; expected a number from 0.01 to 1"),
     ],
 )
 def test_what_is_no_mark(text, message):
@@ -222,16 +282,41 @@ def test_what_is_no_mark(text, message):
         parse_mark(text)
 
 
-@pytest.mark.parametrize("colour", [None, [255, 0, 0], (255, 0), (256, 0, 0), (0.5, 0, 0), (True, 0, 0)])
+@pytest.mark.parametrize("colour", [None, [255, 0, 0], (255, 0), (256, 0, 0), (-1, 0, 0), (0.5, 0, 0), (True, 0, 0)])
 def test_what_is_no_colour(colour):
     with pytest.raises(ValueError, match="colour .* is unknown"):
         Mark("point", (1, 2), colour)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        dict(kind=["point"]), dict(kind=None), dict(coordinates=None), dict(coordinates=("a", 1)), dict(coordinates=(None, 1)),
+        dict(coordinates=(10**400, 1)), dict(coordinates=(math.nan, 1)), dict(coordinates=5), dict(alpha=128.0), dict(alpha="128"),
+        dict(alpha=None), dict(width="3"), dict(angle="x"), dict(length=None), dict(bent=None), dict(head=None), dict(aspect=None),
+    ],
+)  # fmt: skip
+def test_whatever_is_no_mark_is_a_value_error(values):
+    with pytest.raises(ValueError):
+        Mark(**(dict(kind="point", coordinates=(1, 2)) | values))
+
+
+def test_coordinates_of_any_numbers():
+    assert Mark("point", [1, 2]) == Mark("point", np.array([1, 2], np.uint8)) == Mark("point", (1.0, 2.0))
+    assert len({Mark("point", [1, 2]), Mark("point", (1, 2))}) == 1
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_mark_outside_the_picture(kind):
-    with pytest.raises(ValueError, match=f"the {kind} at 61,10 lies outside the picture of 60×40 pixels"):
-        draw_marks(Image.new("RGB", (60, 40)), [Mark(kind, (30, 2, 61, 10))])
+@pytest.mark.parametrize("x, y", [(61, 10), (50, 41)])
+def test_a_mark_outside_the_picture(kind, x, y):
+    with pytest.raises(ValueError, match=f"the {kind} at {x},{y} lies outside the picture of 60×40 pixels"):
+        draw_marks(Image.new("RGB", (60, 40)), [Mark(kind, (30, 2, x, y))])
+
+
+@pytest.mark.parametrize("box", [(0.1, 0.2, 0.9, 1.2), (10, 20.2, 30, 20.7), (0.5, 0.5, 0.501, 0.9)])
+def test_a_box_narrower_than_a_pixel(box):
+    with pytest.raises(ValueError, match="narrower than a pixel"):
+        draw_marks(Image.new("RGB", (60, 40)), [Mark("rectangle", box)])
 
 
 # Random marks, for training
@@ -239,17 +324,47 @@ def test_a_mark_outside_the_picture(kind):
 
 def test_random_marks_repeat_and_vary():
     thing = [(20, 20), (60, 25), (50, 70)]
-    first, again = ([random_mark(thing, (112, 112), random) for _ in range(300)] for random in (Random(1), Random(1)))
-    assert first == again and len(set(first)) == 300
+    first, again = ([random_mark(thing, (336, 336), random) for _ in range(2000)] for random in (Random(1), Random(1)))
+    assert first == again and len(set(first)) > 1900
     assert {mark.kind for mark in first} == {*KINDS} and {mark.colour for mark in first} == {*COLOURS}
-    for mark in first:
-        low, high = KINDS[mark.kind].widths
-        assert mark.width is None and not high or low <= mark.width <= high
-        low, high = KINDS[mark.kind].alphas
-        assert low <= mark.alpha <= high
-    alphas = [mark.alpha for mark in first if mark.kind != "mask"]
-    assert min(alphas) < 110 and max(alphas) > 240
     assert len({mark.filled for mark in first if mark.kind == "arrow"}) == 2
+
+
+# The ranges of the paper's training, for a picture of 336.
+@pytest.mark.parametrize(
+    "kind, widths, alphas",
+    [
+        ("rectangle", (2, 8), (96, 255)),
+        ("ellipse", (2, 8), (96, 255)),
+        ("triangle", (2, 8), (96, 255)),
+        ("point", (5, 20), (96, 255)),
+        ("scribble", (2, 12), (96, 255)),
+        ("arrow", (1, 6), (96, 255)),
+        ("mask", None, (48, 128)),
+        ("mask contour", (1, 2), (96, 255)),
+    ],
+)
+def test_random_marks_have_the_widths_and_alphas_of_training(kind, widths, alphas):
+    thing, random = [(20, 20), (60, 25), (50, 70)], Random(1)
+    marks = [random_mark(thing, (336, 336), random, kind) for _ in range(2000)]
+    assert (min(mark.alpha for mark in marks), max(mark.alpha for mark in marks)) == alphas
+    if widths is None:
+        assert {mark.width for mark in marks} == {None}
+    else:
+        assert {mark.width for mark in marks} == {*range(widths[0], widths[1] + 1)}
+    larger = random_mark(thing, (1000, 600), random, kind)  # in whole pixels there
+    assert larger.width is None or abs(larger.width * 1000 / 336 - round(larger.width * 1000 / 336)) < 1e-9
+
+
+def test_a_thing_in_the_very_corner():
+    for seed in range(300):
+        for kind in ("point", "arrow", "scribble", "rectangle"):
+            mark = random_mark([(0, 0), (3, 0), (3, 3), (0, 3)], (112, 112), Random(seed), kind)
+            assert max(max(point) for point in mark.points((112, 112))) <= 3
+
+
+def test_a_random_mark_of_some_colour():
+    thing = [(20, 20), (60, 25), (50, 70)]
     assert random_mark(thing, (112, 112), Random(1), "point", "gold").words == "at the gold point"
 
 

@@ -111,6 +111,19 @@ def test_marks_are_drawn_saved_and_spoken_of(tmp_path):
     assert Image.open(file).tobytes() == expected.tobytes()
 
 
+def test_a_picture_that_cannot_be_saved_leaves_the_file(tmp_path):
+    picture, file = tmp_path / "clear.png", tmp_path / "kept.jpg"
+    Image.new("RGBA", (50, 50)).save(picture)
+    file.write_bytes(b"kept")
+    status, _, err = sample("--image", picture, "--mark", "red point 1,2", "--save-marked", file, "What?")
+    assert status == 2 and "cannot write mode RGBA as JPEG" in err and file.read_bytes() == b"kept"
+
+
+def test_another_command_is_refused():
+    status, out, err = sample("--chat", stdin="/Mark red point 1,2\n/mark\tred point 1,2\nCount the things.\n")
+    assert status == 2 and "'/Mark' is no command" in err and len(out.splitlines()) == 1
+
+
 def test_a_mark_between_turns_is_a_new_picture(tmp_path):
     marks = ["red point 10,10", "lime point 50,50"]
     lines = ["Is there a star?", "/mark " + marks[1], "/mark of nothing", "What is {mark2}?", "Count the things."]
@@ -155,7 +168,9 @@ MISTAKES = {
     "mark without a picture": (["--model", "tiny/llava", "--mark", "red point 1,2", "What is {mark}?"], "there are 0"),
     "mark on two pictures": (["--mark", "red point 1,2", *["--image", "tiny/example.png"] * 2], "there are 2"),
     "nothing to save": (["--save-marked", "marked.png", "What?"], "there is no --mark"),
-    "no such format": (["--mark", "red point 1,2", "--save-marked", "marked.xyz", "What?"], "unknown file extension: .xyz"),
+    "no such format": (["--mark", "red point 1,2", "--save-marked", "marked.xyz", "What?"], "'marked.xyz': cannot be written (KeyError('.xyz'))"),
+    "a format without a writer": (["--mark", "red point 1,2", "--save-marked", "marked.psd", "What?"], "'marked.psd': cannot be written"),
+    "no name to save": (["--save-marked", "", "What?"], "there is no --mark"),
     "too many pictures": (["--image", "tiny/example.png"] * 8, "max_position_embeddings of 512"),
 }
 
