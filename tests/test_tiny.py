@@ -8,7 +8,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from llava import Chat
-from tiny.grade import grade
+from tiny.grade import commonest, grade, table
 from tiny.world import PLACES, QUESTIONS, Thing, conversation, describe, draw, example, held_out_questions, is_held_out, make_scene, names, write
 
 
@@ -107,9 +107,15 @@ def test_the_bundled_picture_is_a_held_out_scene_and_described_right():
     assert "".join(chat.ask("Describe the picture.", [picture])) == describe(scene)
 
 
+def test_grading_counts_what_is_right():
+    kinds, truths = ["a", "a", "a", "b"], ["x", "y", "y", "x"]
+    assert commonest(kinds, truths) == [False, True, True, True]
+    rows = table(kinds, {"right": [True, False, False, True]})
+    assert rows == {"a": {"asked": 3, "right": 1 / 3}, "b": {"asked": 1, "right": 1.0}, "all": {"asked": 4, "right": 0.5}}
+
+
 def test_the_bundled_checkpoint_sees():
     """A sample of what `python -m tiny.grade` measures in full."""
-    table = grade(Chat.from_pretrained("tiny/llava", dtype=torch.float32), count=200, seed=2)
-    right, blind = (sum(row[0] * row[k] for row in table.values()) / 200 for k in (1, 2))
-    assert right >= 0.95
-    assert blind <= 0.35
+    rows = grade(Chat.from_pretrained("tiny/llava", dtype=torch.float32), count=200, seed=2)["question"]
+    assert rows["all"]["right"] >= 0.95
+    assert rows["all"]["with noise for the picture"] <= 0.35

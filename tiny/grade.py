@@ -1,14 +1,16 @@
-"""How often is tiny/llava right? Exact match of its greedy answers to questions about held-out scenes.
+"""How often are the bundled models right? Exact match of their greedy answers to questions about held-out scenes.
 
-    python -m tiny.grade                        # 2,000 questions; prints the table
+    python -m tiny.grade                            # tiny/llava: 2,000 questions; prints the table
+    python -m tiny.grade --model tiny/vip-llava     # 2,000 questions about marked things, by kind of question and of mark
 
-Two columns show what can be had without looking: the same questions put with noise in place of the picture, and the
-share of the commonest answer to each kind of question.
+The other columns are controls. They show what can be had without looking, by the same questions put with noise in place
+of the picture and by the share of the commonest answer; and for ViP-LLaVA what the marks give, by the same pictures
+without them, and what its training gives, by the same marked pictures shown to a LLaVA that was trained without.
 """
 
 import argparse
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,39 +19,81 @@ from PIL import Image
 from tqdm import tqdm
 
 from llava import Chat
-from tiny.world import SIDE, held_out_questions
-from tokenizer import chat_prompt
+from tiny import marked, world
+from tokenizer import STYLES, chat_prompt, stop_at
 
 
 def answers(chat, questions, images, max_new_tokens=128):
     """Greedy answers to a batch of questions, each about its own picture and each alone in its conversation."""
+    style, tokenizer = chat.model.config.style, chat.tokenizer
     content = [[{"type": "image"}, {"type": "text", "text": question}] for question in questions]
-    prompts = [chat.tokenizer.encode(chat_prompt([{"role": "user", "content": c}], chat.model.config.style)) for c in content]
+    prompts = [tokenizer.encode(chat_prompt([{"role": "user", "content": c}], style)) for c in content]
     width = max(map(len, prompts))
-    ids = torch.tensor([[chat.tokenizer.pad_id] * (width - len(prompt)) + prompt for prompt in prompts])
+    ids = torch.tensor([[tokenizer.pad_id] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    steps = chat.model.generate(ids, chat.processor(images), mask, max_new_tokens)
-    return [chat.tokenizer.decode(row) for row in torch.stack(list(steps), dim=1).tolist()]
+    rows, end = [[] for _ in prompts], STYLES[style]["end"]
+    for step in chat.model.generate(ids, chat.processor(images), mask, max_new_tokens):
+        for row, token in zip(rows, step.tolist()):
+            row.append(token)
+        if all(end in tokenizer.decode(row) for row in rows):  # ViP's "###"; at "</s>" generate stops by itself
+            break
+    return ["".join(stop_at(tokenizer.stream(row), end)) for row in rows]
 
 
-def grade(chat, count, seed, batch=50):
-    """{kind: (questions, right, right with noise for the picture, share of the commonest answer)}"""
-    asked = list(held_out_questions(count, seed))
+def right(chat, images, questions, truths, batch=50):
+    """Whether each answer is the true one, to the letter."""
+    said = []
+    for start in tqdm(range(0, len(questions), batch), desc="grading", unit="batch"):
+        said += answers(chat, questions[start : start + batch], images[start : start + batch])
+    return [answer == truth for answer, truth in zip(said, truths, strict=True)]
+
+
+def commonest(kinds, truths):
+    """Whether each true answer is the commonest one to its kind of question: what always giving that would get right."""
+    answer = {kind: Counter(t for k, t in zip(kinds, truths) if k == kind).most_common(1)[0][0] for kind in kinds}
+    return [answer[kind] == truth for kind, truth in zip(kinds, truths)]
+
+
+def table(kinds, columns):
+    """{kind: {"asked": how many, each column's name: the share that is right in it}}, and the same for "all" of them."""
+    rows = {}
+    for row in [*sorted(set(kinds)), "all"]:
+        of_row = [row in (kind, "all") for kind in kinds]
+        shares = {name: sum(r for r, here in zip(column, of_row) if here) / sum(of_row) for name, column in columns.items()}
+        rows[row] = {"asked": sum(of_row)} | shares
+    return rows
+
+
+def grade(chat, count, seed):
+    """A LLaVA's table: {"question": its rows by kind of question}."""
+    kinds, images, questions, truths = zip(*world.held_out_questions(count, seed))
     random = np.random.default_rng(seed)
-    tally, right, right_blind = defaultdict(Counter), Counter(), Counter()
-    for start in tqdm(range(0, count, batch), desc="grading", unit="batch"):
-        kinds, images, questions, truths = zip(*asked[start : start + batch])
-        noise = [Image.fromarray(random.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)) for _ in images]
-        for kind, truth, seen, blind in zip(
-            kinds, truths, answers(chat, questions, images), answers(chat, questions, noise), strict=True
-        ):
-            tally[kind][truth] += 1
-            right[kind] += seen == truth
-            right_blind[kind] += blind == truth
-    return {
-        kind: (counts.total(), right[kind] / counts.total(), right_blind[kind] / counts.total(), max(counts.values()) / counts.total())
-        for kind, counts in tally.items()
+    noise = [Image.fromarray(random.integers(0, 256, (world.SIDE, world.SIDE, 3), dtype=np.uint8)) for _ in images]
+    columns = {
+        "right": right(chat, images, questions, truths),
+        "with noise for the picture": right(chat, noise, questions, truths),
+        "commonest answer": commonest(kinds, truths),
     }
+    return {"question": table(kinds, columns)}
+
+
+def grade_marks(chat, plain, count, seed):
+    """A ViP-LLaVA's tables: {"question": its rows by kind of question, "mark": by kind of mark}. plain: a LLaVA's chat."""
+    kinds, marks, images, unmarked, questions, truths = zip(*marked.held_out_questions(count, seed))
+    columns = {
+        "right": right(chat, images, questions, truths),
+        "marks left off": right(chat, unmarked, questions, truths),
+        "tiny/llava, same marks": right(plain, images, questions, truths),
+        "commonest answer": commonest(kinds, truths),
+    }
+    return {"question": table(kinds, columns), "mark": table(marks, columns)}
+
+
+def as_markdown(name, rows):
+    lines = [[name, *rows["all"]], ["---"] * (1 + len(rows["all"]))]
+    for kind, row in rows.items():
+        lines.append([kind, *(f"{100 * share:.1f} %" if isinstance(share, float) else str(share) for share in row.values())])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def main():
@@ -57,19 +101,18 @@ def main():
     parser.add_argument("--model", default="tiny/llava")
     parser.add_argument("--count", type=int, default=2000, help="questions")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="also write the table here")
+    parser.add_argument("--json", type=Path, help="also write the tables here")
     args = parser.parse_args()
 
-    table = grade(Chat.from_pretrained(args.model, dtype=torch.float32), args.count, args.seed)
-    total = sum(row[0] for row in table.values())
-    overall = [sum(row[0] * row[k] for row in table.values()) / total for k in (1, 2, 3)]
-    rows = sorted(table.items()) + [("all", (total, *overall))]
-    print("| question | asked | right | with noise for the picture | commonest answer |")
-    print("|---|---|---|---|---|")
-    for kind, (n, *shares) in rows:
-        print(f"| {kind} | {n} | " + " | ".join(f"{100 * share:.1f} %" for share in shares) + " |")
+    load = lambda model: Chat.from_pretrained(model, dtype=torch.float32)
+    chat = load(args.model)
+    if chat.model.config.style == "vip":
+        tables = grade_marks(chat, load("tiny/llava"), args.count, args.seed)
+    else:
+        tables = grade(chat, args.count, args.seed)
+    print("\n\n".join(as_markdown(name, rows) for name, rows in tables.items()))
     if args.json:
-        args.json.write_text(json.dumps(dict(rows), indent=1) + "\n")
+        args.json.write_text(json.dumps(tables, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -104,13 +104,13 @@ ABOUT_TWO = {"which is larger": ask_larger, "same colour": ask_same_colour, "lef
 
 
 def conversation(scene, marked, random):
-    """Nine turns at most, of two descriptions and every question about each marked thing and about both, in random order."""
-    turns = [ask_description(scene, random), ask_marked_description(scene, marked, random)]
-    turns += [ask(scene, [one], random) for ask in ABOUT_ONE.values() for one in marked]
+    """Four questions about the marked things at the most, then one of the two descriptions: last, or the other answers
+    could be read off it."""
+    turns = [ask(scene, [one], random) for ask in ABOUT_ONE.values() for one in marked]
     if len(marked) == 2:
         turns += [ask(scene, random.sample(marked, 2), random) for ask in ABOUT_TWO.values()]
-    turns = [turn for turn in turns if turn]
-    return random.sample(turns, min(len(turns), 9))
+    turns = random.sample([turn for turn in turns if turn], 4)
+    return [*turns, ask_description(scene, random) if random.random() < 0.5 else ask_marked_description(scene, marked, random)]
 
 
 def write(folder, count, seed):
