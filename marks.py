@@ -88,7 +88,7 @@ class Mark:
     bent: float = 0.0
 
     def __post_init__(self):
-        if self.kind not in [*KINDS]:
+        if self.kind not in [*KINDS]:  # a list, in which anything may be looked for, even what cannot be hashed
             raise ValueError(f"no mark is called {self.kind!r}; expected one of {', '.join(KINDS)}")
         if not (self.colour in [*COLOURS] or _is_rgb(self.colour)):
             expected = f"one of {', '.join(COLOURS)}, or (red, green, blue), each 0 to 255 (#rrggbb in a line of text)"

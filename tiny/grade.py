@@ -1,7 +1,7 @@
-"""How often are the bundled models right? Exact match of their greedy answers to questions about held-out scenes.
+"""How often is a model of the tiny world right? Exact match of its greedy answers to questions about held-out scenes.
 
-    python -m tiny.grade                            # tiny/llava: 2,000 questions; prints the table
-    python -m tiny.grade --model tiny/vip-llava     # 2,000 questions about marked things, by kind of question and of mark
+    python -m tiny.grade                        # tiny/llava: 2,000 questions; prints the table
+    python -m tiny.grade --model FOLDER         # another; a ViP-LLaVA is asked about marked things, in two tables
 
 The other columns are controls. They show what can be had without looking, by the same questions put with noise in place
 of the picture and by the share of the commonest answer; and for ViP-LLaVA what the marks give, by the same pictures

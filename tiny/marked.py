@@ -104,8 +104,7 @@ ABOUT_TWO = {"which is larger": ask_larger, "same colour": ask_same_colour, "lef
 
 
 def conversation(scene, marked, random):
-    """Four questions about the marked things at the most, then one of the two descriptions: last, or the other answers
-    could be read off it."""
+    """Four questions about the marked things, then one of the two descriptions: last, or the answers could be read off it."""
     turns = [ask(scene, [one], random) for ask in ABOUT_ONE.values() for one in marked]
     if len(marked) == 2:
         turns += [ask(scene, random.sample(marked, 2), random) for ask in ABOUT_TWO.values()]
