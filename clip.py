@@ -116,7 +116,8 @@ class CLIPVision(nn.Module):
         self.class_embedding = nn.Parameter(torch.empty(D))
         # A convolution whose stride is its kernel size is one linear map, applied to each patch.
         self.patch_embedding = nn.Conv2d(config.num_channels, D, config.patch_size, config.patch_size, bias=False)
-        self.position_embedding = nn.Embedding(config.num_patches + 1, D)
+        # Empty, to be filled: nn.Embedding's own filling imports PyTorch's compiler first when it is on the meta device.
+        self.position_embedding = nn.Embedding.from_pretrained(torch.empty(config.num_patches + 1, D), freeze=False)
         self.pre_layrnorm = nn.LayerNorm(D, eps=config.layer_norm_eps)  # the checkpoints' own spelling
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         # Normalises the class token for CLIP's contrastive loss. It is part of every checkpoint; LLaVA never applies it.

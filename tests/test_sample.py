@@ -48,6 +48,12 @@ def test_without_arguments_it_answers_about_the_bundled_picture():
     assert "tiny/llava" in err.splitlines()[0] and "cpu in float32" in err.splitlines()[0] and "MB of weights" in err
 
 
+def test_an_answer_does_not_wait_for_the_compiler_to_be_imported():
+    code = "import sys; sys.argv = ['sample.py']; import sample; sample.main(); assert not {'torch._dynamo', 'sympy'} & {*sys.modules}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_question_from_a_pipe():
     assert sample("-", stdin="How many things are there?\n")[:2] == (0, asked("How many things are there?")[0] + "\n")
 
