@@ -97,20 +97,22 @@ class RMSNorm(nn.Module):
 def rope_table(positions, head_dim, theta):
     """cos and sin of the angles positions · theta^(−2i/E), i = 0 … E/2 − 1, in float32 whatever the model's type.
 
-    positions: (B, T). Returns two (B, 1, T, E/2). RoFormer, https://arxiv.org/abs/2104.09864, equation 15.
+    positions: (B, T). Returns cos twice over, and −sin followed by sin, (B, 1, T, E) each, as `rotate` wants them.
+    RoFormer, https://arxiv.org/abs/2104.09864, equation 15.
     """
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
     angles = positions[:, None, :, None].float() * frequencies
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x, cos, sin):
-    """RoPE in the half-split form: dimension i is paired with i + E/2 and the pair is rotated by its angle.
+    """RoPE in the half-split form: dimension i is paired with i + E/2, and the pair (a, b) is rotated by its angle to
+    (a cos − b sin, b cos + a sin). Rolling by E/2 brings each dimension to the place of its partner.
 
     (The paper pairs neighbours, 2i with 2i + 1. Hugging Face's weights are permuted to suit this form.)
     """
-    a, b = x.chunk(2, dim=-1)  # (B, H, T, E/2) each
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin  # (B, H, T, E)
 
 
 class Attention(nn.Module):
@@ -125,27 +127,43 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D, K * E, bias=False)
         self.o_proj = nn.Linear(H * E, D, bias=False)
 
-    def forward(self, x, rope, mask, write, maps):
-        """x (B, T, D) to the same shape.
+    def forward(self, x, rope, mask, write, maps, last=False):
+        """x (B, T, D) to the same shape, or to (B, 1, D) for the last token alone.
 
         rope: cos and sin; mask: (B, 1, T, S) bool, None for plain causal attention among the T tokens; write: a function
         that puts k and v into the cache and returns all of it, or None; maps: a list to add the attention map to, or None.
         """
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H or K, T, E)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = rotate(q, *rope), rotate(k, *rope)
+        B, T, _ = x.shape
+        k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2) for proj in (self.k_proj, self.v_proj))  # (B, K, T, E)
+        k = rotate(k, *rope)
+        if last:
+            x, rope, mask = x[:, -1:], [table[:, :, -1:] for table in rope], mask if mask is None else mask[:, :, -1:]
+        q = self.q_proj(x).view(B, x.shape[1], -1, self.head_dim).transpose(1, 2)  # (B, H, T, E)
+        q = rotate(q, *rope)
         if write is not None:
             everything = write(k, v)  # (B, K, S, E) each: the cache, the new tokens included
             k, v = (k, v) if mask is None else everything  # no mask: the cache was empty, its other slots still are
         if maps is None:
-            # softmax(q kᵀ / √E + mask) v
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+            out = attention(q, k, v, mask)
         else:
             out, weights = naive_attention(q, k, v, mask)
             maps.append(weights)
         return self.o_proj(out.transpose(1, 2).flatten(-2))  # (B, T, D)
+
+
+def attention(q, k, v, mask):
+    """softmax(q kᵀ / √E + mask) v, fused: (B, H, T, E). mask: (B, 1, T, S) bool, or None: causal, as is a single last query.
+
+    The kernels that take a mask do not know shared key/value heads, and to copy those for each query head would cost more
+    than the attention itself. So the H / K queries that share a head become as many more tokens of one query head.
+    """
+    groups, T = q.shape[1] // k.shape[1], q.shape[2]
+    if mask is None or groups == 1:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=True)
+    q = q.unflatten(1, (-1, groups)).flatten(2, 3)  # (B, K, H / K · T, E)
+    if T > 1:
+        mask = mask.repeat(1, 1, groups, 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).unflatten(2, (groups, T)).flatten(1, 2)
 
 
 def naive_attention(q, k, v, mask):
@@ -177,8 +195,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope, mask, write=None, maps=None):
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, write, maps)
+    def forward(self, x, rope, mask, write=None, maps=None, last=False):
+        attended = self.self_attn(self.input_layernorm(x), rope, mask, write, maps, last)
+        x = (x[:, -1:] if last else x) + attended
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x
 
@@ -200,7 +219,7 @@ class Llama(nn.Module):
     def embed(self, ids):
         return self.embed_tokens(ids)
 
-    def forward(self, x, attention_mask=None, positions=None, cache=None, states=None, maps=None):
+    def forward(self, x, attention_mask=None, positions=None, cache=None, states=None, maps=None, last=False):
         """Run the blocks over embeddings x (B, T, D); returns the normalised last hidden state (B, T, D).
 
         attention_mask: (B, T) bool, False for padding; None: no padding.
@@ -208,6 +227,7 @@ class Llama(nn.Module):
         cache: a KVCache, which the T tokens are added to and see.
         states, maps: lists to be filled: the hidden states (before the first block, then after each block, the last one
             normalised), and the attention maps (B, H, T, S) of the blocks.
+        last: return (B, 1, D), the last token's; of the others the last block then computes keys and values only.
         """
         config, (B, T, _) = self.config, x.shape
         # With nothing cached, nothing padded and no window in the way, plain causal attention among the new tokens is
@@ -234,7 +254,7 @@ class Llama(nn.Module):
             if states is not None:
                 states.append(x)
             write = None if cache is None else partial(cache.write, i, slots)
-            x = block(x, rope, mask, write, maps)
+            x = block(x, rope, mask, write, maps, last and i + 1 == len(self.layers))
         x = self.norm(x)
         if states is not None:
             states.append(x)
@@ -265,12 +285,14 @@ class KVCache:
 
     def __init__(self, config, batch_size, max_length, device="cpu", dtype=torch.float32):
         """Memory: 2 · layers · batch_size · K · max_length · E elements of dtype."""
-        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length, config.head_dim)
         # Zeros, not empty memory: a masked slot has weight 0, but 0 × NaN would still be NaN.
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)  # (layers, B, K, S, E), after RoPE
-        self.values = torch.zeros(shape, device=device, dtype=dtype)  # (layers, B, K, S, E)
+        shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
+        self.keys, self.values = (  # of each layer (B, K, S, E); the keys after RoPE
+            [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)] for _ in range(2)
+        )
         self.real = torch.zeros(batch_size, max_length, device=device, dtype=torch.bool)  # False: padding, or not yet taken
         self.length = torch.zeros((), device=device, dtype=torch.long)  # slots taken
+        self.graph = None  # a decode step that was captured with these very tensors, if one was
 
     @property
     def batch_size(self):
@@ -282,7 +304,7 @@ class KVCache:
 
     @property
     def dtype(self):
-        return self.keys.dtype
+        return self.keys[0].dtype
 
     def take(self, attention_mask):
         """Take the next T slots for tokens that are real where attention_mask (B, T) says so.
@@ -313,5 +335,6 @@ class KVCache:
         extra = max_length - self.max_length
         if extra < 0:
             raise ValueError(f"cannot grow a cache of {self.max_length} slots to {max_length}")
-        self.keys, self.values = F.pad(self.keys, (0, 0, 0, extra)), F.pad(self.values, (0, 0, 0, extra))
+        self.keys, self.values = ([F.pad(stored, (0, 0, 0, extra)) for stored in of_layers] for of_layers in (self.keys, self.values))
         self.real = F.pad(self.real, (0, extra))
+        self.graph = None

@@ -21,9 +21,11 @@ from PIL import Image
 from checkpoint import checkpoint_folder, fill, read_headers, read_json
 from clip import CLIPVision, CLIPVisionConfig, ImageProcessor
 from llama import KVCache, Llama, LlamaConfig
+from step import run_step
 from tokenizer import SPECIAL_LITERALS, STYLES, Tokenizer, chat_prompt, expand_images, stop_at
 
 IGNORED = -100  # a label that the loss leaves out
+ROOM = 256  # slots by which a chat's cache grows: a step attends to empty ones too, and a cache that moves is captured again
 
 
 class Projector(nn.Module):
@@ -267,23 +269,55 @@ class Llava(nn.Module):
         with torch.no_grad():
             x, _ = self.embed(ids, pixel_values)
         mask = None if mask is None else mask.to(self.device, torch.bool)
-        return self._steps(x, mask, cache, steps, eos, lambda logits: sample(logits, temperature, top_k, top_p, random))
+        launched = self._launch(x, mask, cache, steps, eos, lambda logits: sample(logits, temperature, top_k, top_p, random))
+        return self._read(one_behind(launched) if self.device.type == "cuda" else launched)
 
     @torch.no_grad()
-    def _steps(self, x, mask, cache, steps, eos, choose):
-        """The loop of generation: one token from the last hidden state, its embedding back in, and again."""
+    def _launch(self, x, mask, cache, steps, eos, choose):
+        """The loop of generation: one token from the last hidden state, its embedding back in, and again. Nothing in it
+        waits for the device; each step gives a host tensor (2, B) of tokens and rows still alive, and when it is filled."""
         alive = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        x = self.language_model(x, mask, cache=cache, last=True)  # (B, 1, D): only the last position needs logits
+        logits = self.language_model.lm_head(x[:, -1])  # (B, vocabulary)
+        if not logits.isfinite().all():
+            raise ValueError(f"the logits are not finite: weights are damaged, or too large for {self.dtype}; try another dtype")
         for step in range(steps):
-            x = self.language_model(x, mask, cache=cache)[:, -1]  # (B, D): only the last position needs logits
-            logits = self.language_model.lm_head(x)  # (B, vocabulary)
-            if step == 0 and not logits.isfinite().all():
-                raise ValueError(f"the logits are not finite: weights are damaged, or too large for {self.dtype}; try another dtype")
+            if step:
+                logits = run_step(self.decode_step, token, alive, cache)
             token = torch.where(alive, choose(logits), self.config.pad_id)  # (B,)
             alive = alive & ~torch.isin(token, eos)
+            host = torch.stack([token, alive.long()]).to("cpu", non_blocking=x.is_cuda)
+            yield host, torch.cuda.current_stream(x.device).record_event() if x.is_cuda else None
+
+    def _read(self, launched):
+        """The tokens of each step, (B,) on the host, until no row is alive."""
+        for host, filled in launched:
+            if filled is not None:
+                filled.synchronize()
+            token, alive = host
             yield token
-            if step + 1 == steps or not alive.any():
+            if not alive.any():
                 return
-            x, mask = self.language_model.embed(token[:, None]), alive[:, None]
+
+    def decode_step(self, token, alive, cache):
+        """One more token of each row in, the logits of the next one out: (B,) -> (B, vocabulary).
+
+        alive: (B,) bool; what a row holds after its end is padding. All shapes are fixed, the cache is written in place,
+        and no value is read back from the device, so that the step can be captured or compiled as it stands.
+        """
+        x = self.language_model.embed(token[:, None])
+        x = self.language_model(x, alive[:, None], cache=cache)
+        return self.language_model.lm_head(x[:, -1])
+
+
+def one_behind(items):
+    """The same items, each given only when the next one has been asked for: the device is at work on the next token while
+    the host looks at this one."""
+    previous = next(items)
+    for item in items:
+        yield previous
+        previous = item
+    yield previous
 
 
 def _check_shapes(shape, **values):
@@ -340,6 +374,7 @@ class Chat:
         self.system = None  # a system sentence; None: the style's own
         self.pad = False  # pad pictures to a square instead of cropping them
         self._turn = None  # the answer that is being given
+        self._cache = None  # the KV cache; it outlives a conversation, and with it what was captured for its size
         self.reset()
 
     @classmethod
@@ -359,7 +394,7 @@ class Chat:
         """Start a new conversation."""
         self._end_turn()
         self.messages, self.images = [], []  # every turn so far; the pictures of all turns, in order
-        self._cache, self._cached = None, []  # the KV cache, and the id in each of its slots
+        self._cached = []  # the id in each slot of the KV cache that is taken
 
     def _end_turn(self):
         """An answer that its reader left unfinished ends here, and enters the conversation as far as it was read."""
@@ -394,7 +429,8 @@ class Chat:
         pictures = [*self.images, *images]
         unseen = pictures[len(pictures) - new.count(config.image_id) // P :]
         pixels = self.processor(unseen, pad=self.pad) if unseen else None
-        wanted = min(len(prompt) + max_new_tokens, config.text.max_position_embeddings)
+        wanted = len(prompt) + max_new_tokens
+        wanted = min(wanted + -wanted % ROOM, config.text.max_position_embeddings)
         if self._cache is None:
             self._cache = KVCache(config.text, 1, wanted, model.device, model.dtype)
         elif wanted > self._cache.max_length:

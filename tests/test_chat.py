@@ -18,8 +18,7 @@ def loaded():
 
 @pytest.fixture
 def chat(loaded):
-    loaded.reset()
-    return loaded
+    return Chat(loaded.model, loaded.tokenizer, loaded.processor)
 
 
 @pytest.fixture
@@ -127,8 +126,19 @@ def test_the_cache_grows_with_the_conversation(chat, seen):
     before = chat._cache.max_length
     expected = cold_start(chat, "Describe the picture.")
     clear(seen)
-    "".join(chat.ask("Describe the picture.", max_new_tokens=60))
+    "".join(chat.ask("Describe the picture.", max_new_tokens=200))
     assert chat._cache.max_length > before
+    assert_close(seen["logits"][0], expected)
+
+
+def test_the_cache_outlives_a_conversation_but_what_was_said_does_not(chat, seen):
+    "".join(chat.ask("How many things are there?", [open_image(PICTURE)]))
+    cache = chat._cache
+    chat.reset()
+    expected = cold_start(chat, "Describe the picture.", [open_image(PICTURE)])
+    clear(seen)
+    "".join(chat.ask("Describe the picture.", [open_image(PICTURE)]))
+    assert chat._cache is cache and seen["pictures"] == [1]
     assert_close(seen["logits"][0], expected)
 
 

@@ -314,6 +314,19 @@ def test_cache_neither_invents_nor_drops():
         cache.grow(19)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_token_alone_leaves_the_same_cache(family):
+    model, reference = load(family)
+    llama, mask = model.language_model, reference["attention_mask"].bool()
+    x, T = llama.embed(reference["input_ids"]), mask.shape[1]
+    for padding in (mask, None):
+        caches = [KVCache(model.config.text, len(x), T) for _ in range(2)]
+        whole, last = llama(x, padding, cache=caches[0]), llama(x, padding, cache=caches[1], last=True)
+        assert last.shape[1] == 1 and relative(last, whole[:, -1:]) <= TOLERANCE
+        for a, b in zip(caches[0].keys + caches[0].values, caches[1].keys + caches[1].values):
+            assert torch.equal(a, b)
+
+
 def test_truncate_then_go_on():
     model, reference = load("bakllava")
     ids, other = reference["text_ids"], torch.tensor([[7, 8, 9, 10]])

@@ -54,6 +54,11 @@ def test_an_answer_does_not_wait_for_the_compiler_to_be_imported():
     assert done.returncode == 0, done.stderr
 
 
+def test_compiling_without_a_compiler_is_one_line(tmp_path):
+    status, _, err = sample("--compile", CXX="/nonexistent", TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+    assert status == 2 and "--compile needs a C++ compiler" in err.splitlines()[-1]
+
+
 def test_a_question_from_a_pipe():
     assert sample("-", stdin="How many things are there?\n")[:2] == (0, asked("How many things are there?")[0] + "\n")
 

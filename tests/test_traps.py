@@ -73,6 +73,7 @@ def features_in_the_wrong_order(monkeypatch, model):
 def interleaved_rope(monkeypatch, model):
     def rotate(x, cos, sin):
         a, b = x[..., 0::2], x[..., 1::2]
+        cos, sin = (t[..., t.shape[-1] // 2 :] for t in (cos, sin))
         return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
 
     monkeypatch.setattr(llama, "rotate", rotate)
