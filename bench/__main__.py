@@ -1,0 +1,231 @@
+"""Ours beside transformers, measured in one run and in alternation, and both beside what the machine can do.
+
+    python -m bench                                                         # the bundled model in float32
+    python -m bench --shape 1b --dtype bfloat16 --json bench/cpu-1b.json    # also record the figures
+    python -m bench --shape 1b --dtype bfloat16 --curves --json bench/cpu-1b-curves.json
+    python -m bench --shape 7b --dtype bfloat16 --load                      # loading alone, one library after the other
+
+Each library runs in a process of its own and waits while another is timed. transformers is used as a newcomer would:
+`from_pretrained`, a processor, `generate` with its default settings; on a GPU also with its static cache, which compiles.
+Needs `pip install transformers==5.23.0`.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from bench.limits import decode_bytes, matrix_throughput, prefill_operations, read_bandwidth
+from bench.shapes import SHAPES, checkpoint_of
+from bench.worker import LIBRARIES, PICTURE, QUESTION, SECOND, prompt
+from device import choose_device
+from llava import Llava, LlavaConfig
+from tokenizer import Tokenizer
+
+NEW_TOKENS = 64
+CONTEXTS, BATCHES = (64, 128, 256, 512, 1024, 2048, 4096), (1, 2, 4, 8, 16, 32)
+
+
+class Worker:
+    """A library at work in its own process."""
+
+    def __init__(self, library, folder, device, dtype):
+        command = [sys.executable, "-m", "bench.worker", library, str(folder), device, dtype]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.load, self.loaded = self._reply()
+
+    def _reply(self):
+        for line in self.process.stdout:
+            if line.startswith('{"reply"'):
+                return json.loads(line)["reply"]
+        raise SystemExit(f"bench: a worker has ended with status {self.process.wait()}; what it said stands above")
+
+    def __call__(self, do, **values):
+        self.process.stdin.write(json.dumps({"do": do, **values}) + "\n")
+        self.process.stdin.flush()
+        return self._reply()
+
+    def close(self):
+        self.process.communicate()  # the end of its input ends it
+
+
+def in_turn(runs, repeats, bar):
+    """Each of the runs {name: function that gives numbers}, one after the other, again and again: {name: their medians}."""
+    results = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            results[name].append(run())
+            bar.update()
+    return {name: [statistics.median(values) for values in zip(*results[name])] for name in runs}
+
+
+def process_start(library, folder, device, dtype):
+    """Seconds from the start of a process to the end of an answer of one token."""
+    if library == "ours":
+        command = ["sample.py", "--model", folder, "--image", PICTURE, "--device", device, "--dtype", dtype, "--max-new-tokens", "1", QUESTION]
+    else:
+        command = ["-m", "bench.newcomer", folder, PICTURE, device, dtype, QUESTION]
+    start = time.perf_counter()
+    subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True)
+    return [time.perf_counter() - start]
+
+
+def count_weights(config):
+    """How many weights a decode step reads, those of vision tower and projector, and all of them."""
+    with torch.device("meta"):
+        model = Llava(config)
+    count = lambda module: sum(parameter.numel() for parameter in module.parameters())
+    text = count(model.language_model) - (0 if config.text.tie_word_embeddings else count(model.language_model.embed_tokens))
+    return {"text": text, "vision": count(model.vision_tower), "projector": count(model.projector), "all": count(model)}
+
+
+def measure(folder, device, dtype, repeats):
+    """The figures {name: {library: value}}, and of those that have a physical limit {name: limit}."""
+    config, name = LlavaConfig.from_pretrained(folder), str(dtype)[6:]
+    weights, size = count_weights(config), dtype.itemsize
+    libraries = list(LIBRARIES)[: 4 if device == "cuda" else 3]
+    bar = tqdm(total=(2 + 4 * len(libraries)) * repeats, desc="measuring", unit="run")
+    begin = in_turn({lib: lambda lib=lib: process_start(lib, folder, device, name) for lib in ("ours", "transformers")}, repeats, bar)
+    workers = {lib: Worker(lib, folder, device, name) for lib in libraries}
+
+    def generate(batch, repeats=repeats):
+        runs = {lib: lambda worker=worker: worker("generate", batch=batch, length=0, tokens=NEW_TOKENS) for lib, worker in workers.items()}
+        return in_turn(runs, repeats, bar)
+
+    rows = {}
+    for batch in (1, 8):
+        generate(batch, 1)  # to warm up, and to compile
+        rows[batch] = generate(batch)
+    answer = workers["ours"]("turns")[2]
+    runs = {
+        "ours": lambda: workers["ours"]("turns")[:2],
+        "transformers": lambda: workers["transformers"]("turns", answer=answer),
+    }
+    turns = in_turn(runs, repeats, bar)
+    figures = {
+        "process start to first token, s": {lib: values[0] for lib, values in begin.items()},
+        "load, s": {lib: worker.load for lib, worker in workers.items()},
+        "first token, ms": {lib: 1e3 * values[0] for lib, values in rows[1].items()},
+        "second turn's first token, ms": {lib: 1e3 * values[1] for lib, values in turns.items()},
+        "decode, 1 row, tokens/s": {lib: 1 / values[1] for lib, values in rows[1].items()},
+        "decode, 8 rows, tokens/s": {lib: 8 / values[1] for lib, values in rows[8].items()},
+        "peak memory, GB": {lib: worker("memory")[0] / 1e9 for lib, worker in workers.items()},
+    }
+    for worker in workers.values():
+        worker.close()
+    bar.close()
+
+    P, tokens = config.features_per_image, len(Tokenizer.from_pretrained(folder).encode(prompt())) - 1
+    first = tokens + P
+    second = len(Tokenizer.from_pretrained(folder).encode(SECOND)) + 12
+    bandwidth = read_bandwidth(torch.device(device), weights["text"] * size)
+    throughput = matrix_throughput(torch.device(device), dtype)
+    reading = lambda rows: decode_bytes(config, weights, rows, first + NEW_TOKENS / 2, size) / bandwidth
+    operations = lambda rows: 2 * weights["text"] * rows / throughput
+    limits = {
+        "first token, ms": 1e3 * prefill_operations(config, weights, 1, 0, first) / throughput,
+        "second turn's first token, ms": 1e3 * max(prefill_operations(config, weights, 0, first, second) / throughput, reading(1)),
+        "decode, 1 row, tokens/s": 1 / max(reading(1), operations(1)),
+        "decode, 8 rows, tokens/s": 8 / max(reading(8), operations(8)),
+        "peak memory, GB": weights["all"] * size / 1e9,
+    }
+    return figures, limits, {"reads, GB/s": bandwidth / 1e9, "multiplies, TFLOP/s": throughput / 1e12}
+
+
+def measure_loading(folder, device, dtype, repeats):
+    """Loading alone, for models of which only one fits the memory at a time."""
+    values = {lib: [] for lib in ("ours", "transformers")}
+    with tqdm(total=2 * repeats, desc="loading", unit="run") as bar:
+        for _ in range(repeats):
+            for lib in values:
+                worker = Worker(lib, folder, device, str(dtype)[6:])
+                values[lib].append((worker.load, worker.loaded / 1e9))
+                worker.close()
+                bar.update()
+    medians = {lib: [statistics.median(column) for column in zip(*rows)] for lib, rows in values.items()}
+    figures = {name: {lib: row[k] for lib, row in medians.items()} for k, name in enumerate(("load, s", "peak memory, GB"))}
+    return figures, {"peak memory, GB": count_weights(LlavaConfig.from_pretrained(folder))["all"] * dtype.itemsize / 1e9}, {}
+
+
+def measure_curves(folder, device, dtype, repeats):
+    """How the cost grows: {curve: {library: [(x, value), …]}}."""
+    limit = LlavaConfig.from_pretrained(folder).text.max_position_embeddings
+    workers = {lib: Worker(lib, folder, device, str(dtype)[6:]) for lib in ("ours", "transformers")}
+    contexts = [n for n in CONTEXTS if n + 16 < limit]
+    bar = tqdm(total=2 * (repeats + 1) * (len(contexts) + len(BATCHES)), desc="measuring", unit="run")
+    curves = {name: {lib: [] for lib in workers} for name in ("prefill, s", "decode, ms a token", "throughput, tokens/s")}
+
+    def generate(**values):
+        runs = {lib: lambda worker=worker: worker("generate", tokens=16, **values) for lib, worker in workers.items()}
+        in_turn(runs, 1, bar)
+        return in_turn(runs, repeats, bar).items()
+
+    for n in contexts:
+        for lib, (first, each) in generate(batch=1, length=n):
+            curves["prefill, s"][lib].append((n, first))
+            curves["decode, ms a token"][lib].append((n, 1e3 * each))
+    for batch in BATCHES:
+        for lib, (_, each) in generate(batch=batch, length=64):
+            curves["throughput, tokens/s"][lib].append((batch, batch / each))
+    for worker in workers.values():
+        worker.close()
+    bar.close()
+    return curves
+
+
+def as_markdown(record):
+    """The table of a record: each library, ours beside transformers, and how much of the limit ours reaches."""
+    figures, limits = record["figures"], record["limits"]
+    libraries = list(dict.fromkeys(lib for values in figures.values() for lib in values))
+    cells = [["", *libraries, "ours ÷ transformers", "limit", "reached"], ["---"] * (len(libraries) + 4)]
+    for name, values in figures.items():
+        limit, own = limits.get(name), values["ours"]
+        row = [f"{values[lib]:.3g}" if lib in values else "" for lib in libraries] + [f"{own / values['transformers']:.2f}"]
+        reached = "" if limit is None else own / limit if name.endswith("/s") else limit / own
+        cells.append([name, *row, "" if limit is None else f"{limit:.3g}", reached and f"{100 * reached:.0f} %"])
+    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
+
+
+def processor_name():
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    names = [line.split(": ")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    return f"{len(names)} cores of {names[0]}" if names else platform.processor()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shape", default="tiny", choices=("tiny", *SHAPES))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--load", action="store_true", help="loading alone")
+    parser.add_argument("--curves", action="store_true", help="how the cost grows with context and batch")
+    parser.add_argument("--json", type=Path, help="also write the record here")
+    args = parser.parse_args()
+
+    device, dtype = choose_device(args.device), getattr(torch, args.dtype)
+    folder = checkpoint_of(args.shape, dtype)
+    record = dict(shape=args.shape, dtype=args.dtype, device=device, machine=processor_name(), torch=torch.__version__)
+    if args.curves:
+        record["curves"] = measure_curves(folder, device, dtype, args.repeats)
+        for name, curve in record["curves"].items():
+            print(name, *(f"  {lib}: " + ", ".join(f"{x}: {value:.3g}" for x, value in points) for lib, points in curve.items()), sep="\n")
+    else:
+        run = measure_loading if args.load else measure
+        record["figures"], record["limits"], record["measured limits"] = run(folder, device, dtype, args.repeats)
+        print(f"{args.shape} in {args.dtype} on {record['machine']}, which " + ", ".join(f"{k} {v:.3g}" for k, v in record["measured limits"].items()))
+        print(as_markdown(record))
+    if args.json:
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

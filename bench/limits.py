@@ -1,0 +1,57 @@
+"""What the machine can do at most, measured: bytes read and multiplications done in a second."""
+
+import time
+
+import torch
+
+
+def fastest(run, device, seconds=1.0):
+    """The shortest time of `run`, repeated for about so long."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    best, end = float("inf"), time.perf_counter() + seconds
+    run()
+    wait()
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        run()
+        wait()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def read_bandwidth(device, size):
+    """Bytes per second in which so many bytes are read, again and again: what fits a cache comes from there."""
+    values = torch.ones(min(size, 2**30) // 4, device=device, dtype=torch.int32)
+    return values.nbytes / fastest(values.amax, device)
+
+
+def matrix_throughput(device, dtype):
+    """Floating-point operations per second in a product of two large square matrices."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return 2 * n**3 / fastest(lambda: a @ b, device)
+
+
+def decode_bytes(config, weights, rows, context, itemsize):
+    """Bytes that a decode step must read: the language model's weights once, and each row's keys and values."""
+    text = config.text
+    cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * rows * context
+    return (weights["text"] + cache) * itemsize
+
+
+def prefill_operations(config, weights, pictures, context, new):
+    """Operations that `new` tokens after `context` others must take, the pictures' way through the vision tower included.
+
+    Two for each weight and token (a multiplication and a sum), and as many for each pair of tokens and each of the two
+    products of attention. Of the last block, the tokens before the last need keys and values only; of the output head, none.
+    """
+    text, vision = config.text, config.vision
+    blocks, width, head = text.num_hidden_layers, text.num_attention_heads * text.head_dim, text.vocab_size * text.hidden_size
+    block, keys_values = (weights["text"] - head) / blocks, 2 * text.hidden_size * text.num_key_value_heads * text.head_dim
+    pairs = (blocks - 1) * (new * context + new * (new + 1) / 2) + context + new
+    words = 2 * new * (block * (blocks - 1) + keys_values) + 2 * (block - keys_values + head) + 4 * pairs * width
+    depth = max(k % (vision.num_hidden_layers + 1) for k in config.vision_layers) / vision.num_hidden_layers  # of the blocks that are needed
+    patches = vision.num_patches + 1
+    seen = 2 * weights["vision"] * depth * patches + 4 * patches**2 * vision.num_hidden_layers * depth * vision.hidden_size
+    seen += 2 * weights["projector"] * vision.num_patches
+    return words + pictures * seen

@@ -1,0 +1,150 @@
+"""One library in a process of its own, so that neither warms or burdens the other. It answers commands, a JSON line each:
+
+    python -m bench.worker ours FOLDER cpu bfloat16
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+PICTURE = Path(__file__).parent.parent / "tiny" / "example.png"
+QUESTION, SECOND = "Describe the picture.", "Where is the square?"
+
+
+def prompt(question=QUESTION):
+    return f"USER: <image>\n{question} ASSISTANT:"
+
+
+class Ours:
+    def __init__(self):
+        from llava import Chat
+
+        self.loader = Chat
+
+    def load(self, folder, device, dtype):
+        self.chat = self.loader.from_pretrained(folder, device, dtype)
+
+    def generate(self, batch, length, tokens):
+        """The time at which each step's tokens have reached the host. length: of a prompt of text alone; 0: the bundled
+        picture and question. No token ends a row."""
+        chat = self.chat
+        if length:
+            ids, pixels = torch.arange(3, 3 + length).repeat(batch, 1) % 256, None
+        else:
+            ids, pixels = torch.tensor([chat.tokenizer.encode(prompt())] * batch), chat.processor([picture()] * batch)
+        return [time.perf_counter() for _ in chat.model.generate(ids, pixels, None, tokens, eos_ids=())]
+
+    def turns(self):
+        """Seconds until the first token of a chat's first and second answer; and the first answer, for others to repeat."""
+        self.chat.reset()
+        seconds, answers = [], []
+        for question, images, tokens in ((QUESTION, [picture()], 16), (SECOND, [], 1)):
+            start = time.perf_counter()
+            steps = self.chat.ask(question, images, max_new_tokens=tokens)
+            answers.append(next(steps, ""))
+            seconds.append(time.perf_counter() - start)
+            answers[-1] += "".join(steps)
+        return *seconds, answers[0]
+
+
+class Compiled(Ours):
+    def load(self, folder, device, dtype):
+        from step import compiled
+
+        super().load(folder, device, dtype)
+        self.chat.model.decode_step = compiled(self.chat.model)
+
+
+class Transformers:
+    cache = None  # generate's default
+
+    def __init__(self):
+        from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+        self.loaders = AutoProcessor, LlavaForConditionalGeneration
+
+    def load(self, folder, device, dtype):
+        processor, model = self.loaders
+        self.processor = processor.from_pretrained(folder)
+        self.model = model.from_pretrained(folder, dtype=dtype).to(device)
+
+    def generate(self, batch, length, tokens):
+        if length:
+            ids = torch.arange(3, 3 + length).repeat(batch, 1) % 256
+            return self._generate(dict(input_ids=ids, attention_mask=torch.ones_like(ids)), tokens)
+        return self._generate(self.processor(images=[picture()] * batch, text=[prompt()] * batch, return_tensors="pt"), tokens)
+
+    def turns(self, answer):
+        """As a newcomer would: the second turn is the whole conversation once more."""
+        seconds = []
+        for text in (prompt(), f"{prompt()} {answer}</s>USER: {SECOND} ASSISTANT:"):
+            start = time.perf_counter()
+            self._generate(self.processor(images=picture(), text=text, return_tensors="pt"), 1)
+            seconds.append(time.perf_counter() - start)
+        return seconds
+
+    def _generate(self, inputs, tokens):
+        inputs = {name: value.to(self.model.device, self.model.dtype if value.is_floating_point() else None) for name, value in inputs.items()}
+        times = []
+
+        def note(ids, scores):  # called once a token
+            if ids.is_cuda:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter())
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+        self.model.generate(
+            **inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, stopping_criteria=[note], cache_implementation=self.cache
+        )
+        return times
+
+
+class StaticTransformers(Transformers):
+    cache = "static"  # generate then compiles its decode step on a GPU
+
+
+LIBRARIES = {"ours": Ours, "ours, compiled": Compiled, "transformers": Transformers, "transformers, static cache": StaticTransformers}
+
+
+def picture():
+    with Image.open(PICTURE) as image:
+        return image.convert("RGB")
+
+
+def peak_memory(device):
+    """The most bytes held so far: of the GPU's memory, or of this process's (Linux)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    (peak,) = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")]
+    return int(peak) * 1024
+
+
+def main():
+    name, folder, device, dtype = sys.argv[1:]
+    library, device = LIBRARIES[name](), torch.device(device)  # what it imports is not part of its loading
+
+    def reply(*values):
+        print(json.dumps({"reply": values}), flush=True)
+
+    start = time.perf_counter()
+    library.load(folder, device, getattr(torch, dtype))
+    reply(time.perf_counter() - start, peak_memory(device))
+    for line in sys.stdin:
+        command = json.loads(line)
+        start = time.perf_counter()
+        match command.pop("do"):
+            case "generate":
+                times = library.generate(**command)
+                reply(times[0] - start, (times[-1] - times[0]) / max(1, len(times) - 1))  # first token, each after it
+            case "turns":
+                reply(*library.turns(**command))
+            case "memory":
+                reply(peak_memory(device))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""The benchmark's own arithmetic, and that ours goes through it; transformers, which it needs beside, is not needed here."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.__main__ import Worker, as_markdown, count_weights, in_turn
+from bench.limits import decode_bytes, prefill_operations
+from bench.shapes import write_configs
+from llava import Llava, LlavaConfig
+
+
+@pytest.mark.parametrize("pictures, words", [(1, 20), (0, 200)])
+def test_the_least_operations_of_a_prefill_are_what_pytorch_counts(pictures, words):
+    model = Llava.from_pretrained("tiny/llava", dtype=torch.float32)
+    config, P = model.config, model.config.features_per_image
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        ids = torch.tensor([[config.image_id] * pictures + [5] * words])
+        next(model.generate(ids, torch.randn(1, 3, 112, 112) if pictures else None))
+    tokens = words + pictures * P
+    text = config.text
+    # PyTorch counts the whole square of causal attention, of which half is needed.
+    half = 4 * (tokens * (tokens - 1) / 2) * (text.num_hidden_layers - 1) * text.num_attention_heads * text.head_dim
+    expected = prefill_operations(config, count_weights(config), pictures, 0, tokens)
+    assert counter.get_total_flops() == pytest.approx(expected + half, rel=0.01)
+
+
+def test_what_a_decode_step_reads_of_the_7b(tmp_path):
+    write_configs("7b", tmp_path)
+    config = LlavaConfig.from_pretrained(tmp_path)
+    weights = count_weights(config)
+    assert weights["all"] == 7_063_427_072  # of the published checkpoint
+    text = weights["all"] - weights["vision"] - weights["projector"] - 32064 * 4096
+    assert decode_bytes(config, weights, 1, 0, 2) == 2 * text
+    assert decode_bytes(config, weights, 8, 100, 2) == 2 * text + 8 * 100 * 524_288
+
+
+def test_ours_goes_through_the_benchmark():
+    worker = Worker("ours", "tiny/llava", "cpu", "float32")
+    try:
+        first, each = worker("generate", batch=2, length=0, tokens=4)
+        assert 0 < each < first
+        first, second, answer = worker("turns")
+        assert first > 0 and second > 0 and answer.startswith("A ")
+        assert worker("memory")[0] > 1e8
+    finally:
+        worker.close()
+
+
+def test_runs_take_turns_and_give_medians():
+    order, numbers = [], iter([1, 10, 3, 30, 2, 20])
+
+    class Bar:
+        def update(self):
+            order.append("bar")
+
+    def run(name):
+        return lambda: order.append(name) or [next(numbers)]
+
+    assert in_turn({"a": run("a"), "b": run("b")}, 3, Bar()) == {"a": [2], "b": [20]}
+    assert order == ["a", "bar", "b", "bar"] * 3
+
+
+def test_table():
+    record = {
+        "figures": {"first, s": {"ours": 2.0, "transformers": 4.0}, "decode, tokens/s": {"ours": 30.0, "transformers": 10.0}, "load, s": {"ours": 1.0, "transformers": 2.0}},
+        "limits": {"first, s": 1.0, "decode, tokens/s": 40.0},
+    }
+    assert as_markdown(record).splitlines()[2:] == [
+        "| first, s | 2 | 4 | 0.50 | 1 | 50 % |",
+        "| decode, tokens/s | 30 | 10 | 3.00 | 40 | 75 % |",
+        "| load, s | 1 | 2 | 0.50 |  |  |",
+    ]
