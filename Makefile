@@ -6,6 +6,9 @@ sample: .venv/installed
 test: .venv/installed
 	.venv/bin/python -m pytest
 
+exercise: .venv/installed        # make exercise N=1
+	.venv/bin/python -m lessons.exercises $(N)
+
 # Everything below is for those who change the project; nothing above needs it.
 
 parity: .venv/installed          # live, against transformers
@@ -40,4 +43,4 @@ tiny/build/llava/model.safetensors: | tiny/build/tuned/model.safetensors tiny/mo
 	@.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.PHONY: sample test parity tiny
+.PHONY: sample test exercise parity tiny

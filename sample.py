@@ -29,9 +29,10 @@ BUNDLED_MODEL, BUNDLED_PICTURE = HERE / "tiny" / "llava", HERE / "tiny" / "examp
 QUESTION = "Describe the picture."
 
 
-def parse_arguments():
+def argument_parser(command, description):
+    """The arguments, also those of the lessons that look at the answering of a question."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="python sample.py [options] [QUESTION]"
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, usage=f"{command} [options] [QUESTION]"
     )
     parser.error = fail  # one line, without the usage
     parser.add_argument("question", nargs="?", metavar="QUESTION", help=f'the question; "-" reads it from standard input ["{QUESTION}"]')
@@ -55,12 +56,12 @@ def parse_arguments():
     parser.add_argument("--compile", action="store_true", help="compile the decode step first: about a minute, then more tokens a second")
     parser.add_argument("--pad", action="store_true", help="pad pictures to a square instead of cropping them")
     parser.add_argument("--show-prompt", action="store_true", help="also print the exact prompt and its ids to standard error")
-    return parser.parse_args()
+    return parser
 
 
 def fail(message):
     """A user's mistake: one line on standard error, exit status 2."""
-    print(f"sample.py: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -163,9 +164,17 @@ def converse(chat, args, images, marks):
         question = None
 
 
-def main():
+def ask(chat, args, images, marks):
+    if args.chat:
+        sys.exit(converse(chat, args, images, marks))
+    answer(chat, args, args.question, images)
+
+
+def run(parser, use):
+    """Read the arguments, open the pictures, load the model and call use(chat, args, images, marks); every mistake of the
+    user's is one line and exit status 2."""
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
-    args = parse_arguments()
+    args = parser.parse_args()
     try:
         if args.question == "-":
             args.question = sys.stdin.read().strip()
@@ -182,10 +191,7 @@ def main():
             raise ValueError("--save-marked: there is no --mark")
         if args.question:
             args.question = refer(args.question, marks)
-        chat = load(args, len(images))
-        if args.chat:
-            sys.exit(converse(chat, args, images, marks))
-        answer(chat, args, args.question, images)
+        use(load(args, len(images)), args, images, marks)
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError):  # whoever read the answer has seen enough
             sys.stderr.close()
@@ -200,6 +206,10 @@ def main():
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(0 if args.chat else 130)
+
+
+def main():
+    run(argument_parser("python sample.py", __doc__), ask)
 
 
 if __name__ == "__main__":

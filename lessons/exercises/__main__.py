@@ -1,0 +1,59 @@
+"""Check an exercise: python -m lessons.exercises 1
+
+What you wrote in lessons/exercises/e1_….py takes the place of the real function, and the project's own tests run.
+"""
+
+import argparse
+import sys
+from importlib import import_module
+
+import pytest
+
+# Of each exercise: its file, what of it takes whose place, and the tests that then have to pass.
+STAGES = "tests/test_parity.py::test_every_stage"
+EXERCISES = {
+    1: ("e1_splice", {"splice": "llava.splice"}, [STAGES, "tests/test_parity.py::test_greedy_tokens"]),
+    2: ("e2_projector", {"forward": "llava.Projector.forward"}, [STAGES]),
+    3: ("e3_vision", {"forward": "clip.CLIPVision.forward"}, [STAGES, "tests/test_generate.py::test_pictures_are_encoded_once_and_no_deeper_than_read"]),
+    4: ("e4_block", {"norm": "llama.RMSNorm.forward", "mlp": "llama.MLP.forward"}, [STAGES, "tests/test_parity.py::test_half_precision"]),
+    5: ("e5_rope", {"rope_table": "llama.rope_table", "rotate": "llama.rotate"}, [STAGES, "tests/test_parity.py::test_given_positions"]),
+    6: ("e6_attention", {"attention": "llama.attention"}, [STAGES, "tests/test_parity.py::test_greedy_tokens"]),
+    7: ("e7_mask", {"visible": "llama.visible"}, [STAGES, "tests/test_parity.py::test_padded_row_equals_the_row_alone"]),
+    8: (
+        "e8_cache",
+        {"take": "llama.KVCache.take", "write": "llama.KVCache.write"},
+        ["tests/test_parity.py::test_cache_changes_nothing_at_any_step", "tests/test_parity.py::test_prompt_in_two_pieces", "tests/test_generate.py"],
+    ),
+}
+
+
+def place_of(name):
+    """The owner and the attribute that a name like "llama.KVCache.take" stands for."""
+    owner, *path, attribute = name.split(".")
+    owner = import_module(owner)
+    for step in path:
+        owner = getattr(owner, step)
+    return owner, attribute
+
+
+def replace(number, solution=False):
+    """Put the exercise's functions, or its solution's, in the places of the real ones."""
+    file, places, _ = EXERCISES[number]
+    written = import_module(f"lessons.exercises.{'solutions.' * solution}{file}")
+    for name, place in places.items():
+        setattr(*place_of(place), getattr(written, name))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("number", type=int, choices=EXERCISES, help="of the exercise")
+    parser.add_argument("--solution", action="store_true", help="check the solution that is kept beside it instead")
+    args = parser.parse_args()
+    replace(args.number, args.solution)
+    status = pytest.main(["--quiet", "--exitfirst", "--tb=short", "--no-header", "-p", "no:cacheprovider", *EXERCISES[args.number][2]])
+    print(f"Exercise {args.number}: " + ("right." if status == 0 else "not yet; what failed stands above."))
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()
