@@ -11,6 +11,7 @@ Needs `pip install transformers==5.23.0`.
 """
 
 import argparse
+import importlib.util
 import json
 import platform
 import statistics
@@ -210,6 +211,8 @@ def main():
     parser.add_argument("--curves", action="store_true", help="how the cost grows with context and batch")
     parser.add_argument("--json", type=Path, help="also write the record here")
     args = parser.parse_args()
+    if importlib.util.find_spec("transformers") is None:
+        sys.exit("bench: transformers is not installed, and this measures ours beside it: pip install transformers==5.23.0")
 
     device, dtype = choose_device(args.device), getattr(torch, args.dtype)
     folder = checkpoint_of(args.shape, dtype)

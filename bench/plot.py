@@ -5,12 +5,13 @@ Needs `pip install matplotlib`.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+try:
+    import matplotlib.pyplot as plt
+except ImportError:
+    sys.exit("bench.plot: matplotlib is not installed: pip install matplotlib")
 
 AXES = {  # of each curve: its horizontal axis
     "prefill, s": "tokens of the prompt",

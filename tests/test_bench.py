@@ -1,5 +1,8 @@
 """The benchmark's own arithmetic, and that ours goes through it; transformers, which it needs beside, is not needed here."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -72,3 +75,10 @@ def test_table():
         "| decode, tokens/s | 30 | 10 | 3.00 | 40 | 75 % |",
         "| load, s | 1 | 2 | 0.50 |  |  |",
     ]
+
+
+@pytest.mark.parametrize("module, package", [("bench", "transformers"), ("bench.plot", "matplotlib")])
+def test_a_package_that_is_missing_is_one_line(module, package):
+    code = f"import sys, runpy; sys.modules['{package}'] = None; sys.argv = ['']; runpy.run_module('{module}', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and f"pip install {package}" in done.stderr and done.stderr.count("\n") == 1
