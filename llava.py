@@ -274,8 +274,9 @@ class Llava(nn.Module):
 
     @torch.no_grad()
     def _launch(self, x, mask, cache, steps, eos, choose):
-        """The loop of generation: one token from the last hidden state, its embedding back in, and again. Nothing in it
-        waits for the device; each step gives a host tensor (2, B) of tokens and rows still alive, and when it is filled."""
+        """The loop of generation: one token from the last hidden state, its embedding back in, and again. After the prompt
+        nothing waits for the device; each step gives a host tensor (2, B) of tokens and rows still alive, and the event (on
+        CUDA) that says when it is filled."""
         alive = torch.ones(len(x), dtype=torch.bool, device=x.device)
         x = self.language_model(x, mask, cache=cache, last=True)  # (B, 1, D): only the last position needs logits
         logits = self.language_model.lm_head(x[:, -1])  # (B, vocabulary)

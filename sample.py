@@ -53,7 +53,7 @@ def argument_parser(command, description):
     parser.add_argument("--system", metavar="TEXT", help="a system sentence in place of the model's own")
     parser.add_argument("--device", default="auto", help="cuda (or cuda:1 …), mps or cpu [the first of them that is there]")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="[what is fast on the device]")
-    parser.add_argument("--compile", action="store_true", help="compile the decode step first: about a minute, then more tokens a second")
+    parser.add_argument("--compile", action="store_true", help="compile the decode step first: up to about a minute, then more tokens a second")
     parser.add_argument("--pad", action="store_true", help="pad pictures to a square instead of cropping them")
     parser.add_argument("--show-prompt", action="store_true", help="also print the exact prompt and its ids to standard error")
     return parser

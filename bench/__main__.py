@@ -91,8 +91,8 @@ def measure(folder, device, dtype, repeats):
     """The figures {name: {library: value}}, and of those that have a physical limit {name: limit}."""
     config, name = LlavaConfig.from_pretrained(folder), str(dtype)[6:]
     weights, size = count_weights(config), dtype.itemsize
-    libraries = list(LIBRARIES)[: 4 if device == "cuda" else 3]
-    bar = tqdm(total=(2 + 4 * len(libraries)) * repeats, desc="measuring", unit="run")
+    libraries = list(LIBRARIES)[: 4 if device.startswith("cuda") else 3]
+    bar = tqdm(total=4 * repeats + 2 * len(libraries) * (repeats + 1), desc="measuring", unit="run")
     begin = in_turn({lib: lambda lib=lib: process_start(lib, folder, device, name) for lib in ("ours", "transformers")}, repeats, bar)
     workers = {lib: Worker(lib, folder, device, name) for lib in libraries}
 
@@ -125,7 +125,7 @@ def measure(folder, device, dtype, repeats):
 
     P, tokens = config.features_per_image, len(Tokenizer.from_pretrained(folder).encode(prompt())) - 1
     first = tokens + P
-    second = len(Tokenizer.from_pretrained(folder).encode(SECOND)) + 12
+    second = len(Tokenizer.from_pretrained(folder).encode(SECOND)) + 12  # and the marks of the turns
     bandwidth = read_bandwidth(torch.device(device), weights["text"] * size)
     throughput = matrix_throughput(torch.device(device), dtype)
     reading = lambda rows: decode_bytes(config, weights, rows, first + NEW_TOKENS / 2, size) / bandwidth
@@ -197,7 +197,7 @@ def as_markdown(record):
 def processor_name():
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    names = [line.split(": ")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    names = [line.split(": ")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return f"{len(names)} cores of {names[0]}" if names else platform.processor()
 
 

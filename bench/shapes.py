@@ -7,11 +7,9 @@ from pathlib import Path
 import torch
 
 from checkpoint import save_checkpoint
-from llava import Llava, LlavaConfig
+from llava import VIT_L_14_336, Llava, LlavaConfig
 
 TINY = Path(__file__).parent.parent / "tiny" / "llava"
-VIT_L = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
-         "num_attention_heads": 16, "image_size": 336, "patch_size": 14}  # fmt: skip
 SHAPES = {  # hidden size, MLP, layers, heads of the language model
     "1b": (2048, 5504, 16, 16),
     "7b": (4096, 11008, 32, 32),
@@ -46,7 +44,7 @@ def write_configs(shape, folder):
             shutil.copyfile(file, folder / file.name)
     hidden, intermediate, layers, heads = SHAPES[shape]
     raw = json.loads((TINY / "config.json").read_text())
-    raw["vision_config"], raw["image_seq_length"] = VIT_L, 576
+    raw["vision_config"], raw["image_seq_length"] = {"model_type": "clip_vision_model", **VIT_L_14_336}, 576
     raw["text_config"] = {
         "model_type": "llama", "vocab_size": 32064, "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers,
         "num_attention_heads": heads, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,

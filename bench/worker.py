@@ -15,8 +15,13 @@ PICTURE = Path(__file__).parent.parent / "tiny" / "example.png"
 QUESTION, SECOND = "Describe the picture.", "Where is the square?"
 
 
-def prompt(question=QUESTION):
-    return f"USER: <image>\n{question} ASSISTANT:"
+def prompt():
+    return f"USER: <image>\n{QUESTION} ASSISTANT:"
+
+
+def text_alone(batch, length):
+    """Ids of a prompt without a picture: (batch, length)."""
+    return torch.arange(3, 3 + length).repeat(batch, 1) % 256
 
 
 class Ours:
@@ -33,7 +38,7 @@ class Ours:
         picture and question. No token ends a row."""
         chat = self.chat
         if length:
-            ids, pixels = torch.arange(3, 3 + length).repeat(batch, 1) % 256, None
+            ids, pixels = text_alone(batch, length), None
         else:
             ids, pixels = torch.tensor([chat.tokenizer.encode(prompt())] * batch), chat.processor([picture()] * batch)
         return [time.perf_counter() for _ in chat.model.generate(ids, pixels, None, tokens, eos_ids=())]
@@ -74,7 +79,7 @@ class Transformers:
 
     def generate(self, batch, length, tokens):
         if length:
-            ids = torch.arange(3, 3 + length).repeat(batch, 1) % 256
+            ids = text_alone(batch, length)
             return self._generate(dict(input_ids=ids, attention_mask=torch.ones_like(ids)), tokens)
         return self._generate(self.processor(images=[picture()] * batch, text=[prompt()] * batch, return_tensors="pt"), tokens)
 
@@ -119,7 +124,7 @@ def peak_memory(device):
     """The most bytes held so far: of the GPU's memory, or of this process's (Linux)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    (peak,) = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")]
+    (peak,) = [line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(peak) * 1024
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import sample
 from lessons.trace import spelling
-from tokenizer import expand_images
+from tokenizer import STYLES, expand_images
 
 
 def answer_ids(chat, question, images, **options):
@@ -27,8 +27,12 @@ def answer_ids(chat, question, images, **options):
     config = chat.model.config
     prompt = expand_images(chat.tokenizer.encode(chat.prompt(question, images)), config.image_id, config.features_per_image)
     pixels = chat.processor(images, pad=chat.pad) if images else None
-    steps = chat.model.generate(torch.tensor([prompt]), pixels, **options)
-    return prompt, [int(token) for token in steps]
+    answer, end = [], STYLES[config.style]["end"]
+    for token in chat.model.generate(torch.tensor([prompt]), pixels, **options):
+        answer.append(int(token))
+        if end in chat.tokenizer.decode(answer):  # ViP's "###" is plain text
+            break
+    return prompt, answer
 
 
 @torch.no_grad()
@@ -114,6 +118,10 @@ def main():
     parser.add_argument("--cells", type=int, default=8, metavar="N", help="grey the picture in N × N cells, one pass each [8]")
 
     def write(chat, args, images, marks):
+        if args.chat:
+            raise ValueError("--chat: the page is of one question")
+        if args.cells < 1:
+            raise ValueError(f"--cells is {args.cells}; expected at least 1")
         options = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
         args.out.write_text(page(chat, args.question, images, args.cells, **options), encoding="utf-8")
         print(args.out)

@@ -11,7 +11,6 @@ import time
 import torch
 
 import sample
-from tokenizer import expand_images
 
 
 class Trace:
@@ -20,14 +19,14 @@ class Trace:
     def __init__(self, device):
         self.device, self.rows, self._started, self._hooks = device, [], {}, []
 
-    def watch(self, module, name, meaning, what=lambda out: out):
-        """Add a row when the module has run: what(its output) is the tensor to show."""
+    def watch(self, module, name, meaning):
+        """Add a row when the module has run."""
 
         def before(*_):
             self._started[name] = self._now()
 
         def after(_, __, out):
-            self.add(name, what(out), meaning, self._now() - self._started[name])
+            self.add(name, out, meaning, self._now() - self._started[name])
 
         self._hooks += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
 
@@ -63,7 +62,7 @@ def trace(chat, question, images):
     if images:
         start = time.perf_counter()
         pixels = chat.processor(images, pad=chat.pad)
-        rows.add("pixels", pixels, f"resized, cropped to {side}×{side}, normalised", time.perf_counter() - start)
+        rows.add("pixels", pixels, f"{'padded and resized' if chat.pad else 'resized and cropped'} to {side}×{side}, normalised", time.perf_counter() - start)
         rows.watch(vision.patch_embedding, "patches", f"{grid} × {grid} patches of {config.vision.patch_size} pixels, each one vector")
         rows.watch(vision.pre_layrnorm, "CLIP states 0", "with the class token in front and positions added")
         read = {k % (config.vision.num_hidden_layers + 1) for k in config.vision_layers}
@@ -98,7 +97,7 @@ def spelling(tokenizer, token):
 def splice_map(chat, question, images):
     """What each position of the spliced sequence holds: [(first position, last position, text), …]."""
     config, tokenizer = chat.model.config, chat.tokenizer
-    P, width = config.features_per_image, config.vision.image_size // config.vision.patch_size
+    width = config.vision.image_size // config.vision.patch_size
     ids, where, rows, picture = tokenizer.encode(chat.prompt(question, images)), 0, [], 0
     for token in ids:
         if token != config.image_id:
@@ -112,7 +111,6 @@ def splice_map(chat, question, images):
         for row in range(width):
             rows.append((where, where + width - 1, f"picture {picture}, patches of row {row}, columns 0 to {width - 1}"))
             where += width
-    assert where == len(expand_images(ids, config.image_id, P))
     return rows
 
 

@@ -1,3 +1,17 @@
+import pytest
 import torch
 
+from llava import Chat
+
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits for the first
+
+
+@pytest.fixture(scope="session")
+def bundled():
+    return Chat.from_pretrained("tiny/llava", dtype=torch.float32)
+
+
+@pytest.fixture
+def chat(bundled):
+    """The bundled model in a conversation, and with a cache, of its own."""
+    return Chat(bundled.model, bundled.tokenizer, bundled.processor)

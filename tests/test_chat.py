@@ -11,16 +11,6 @@ from tokenizer import expand_images
 PICTURE = "tiny/example.png"
 
 
-@pytest.fixture(scope="module")
-def loaded():
-    return Chat.from_pretrained("tiny/llava", dtype=torch.float32)
-
-
-@pytest.fixture
-def chat(loaded):
-    return Chat(loaded.model, loaded.tokenizer, loaded.processor)
-
-
 @pytest.fixture
 def seen(chat):
     """What passes through the model: pictures encoded, tokens computed in each pass, logits of each step."""

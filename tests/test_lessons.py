@@ -15,21 +15,9 @@ from clip import open_image
 from lessons.exercises.__main__ import EXERCISES, place_of
 from lessons.explain import as_seen, page
 from lessons.trace import splice_map, trace
-from llava import Chat
-from tokenizer import expand_images
+from tokenizer import STYLES, expand_images
 
 PICTURE = "tiny/example.png"
-
-
-@pytest.fixture(scope="module")
-def loaded():
-    return Chat.from_pretrained("tiny/llava", dtype=torch.float32)
-
-
-@pytest.fixture
-def chat(loaded):
-    loaded.reset()
-    return loaded
 
 
 # The trace
@@ -67,6 +55,15 @@ def test_a_mistake_is_one_line(lesson, tmp_path):
     assert done.returncode == 2 and done.stderr.startswith(f"{lesson}.py: ") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "lesson, arguments, words",
+    [("trace", ["--chat"], "--chat"), ("explain", ["--chat"], "--chat"), ("explain", ["--cells", "0"], "--cells is 0; expected at least 1")],
+)
+def test_what_a_lesson_cannot_show_is_refused(lesson, arguments, words):
+    done = subprocess.run([sys.executable, "-m", f"lessons.{lesson}", *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and words in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
 # The page
 
 
@@ -96,6 +93,12 @@ def test_the_page_is_one_file_and_its_data_cannot_end_it(chat):
     text = page(chat, "Is there a </script> <b>ring</b>?", [], cells=2, max_new_tokens=4)
     assert text.count("</script>") == 2 and not re.search(r"(src|href)\s*=\s*[\"']?http", text)
     assert "".join(word for word, _ in data_of(text)["prompt"]).endswith("<b>ring</b>? ASSISTANT:")
+
+
+def test_the_page_ends_where_the_answer_ends(chat, monkeypatch):
+    monkeypatch.setitem(STYLES["llava"], "end", "bottom")  # plain text, as ViP's "###" is
+    data = data_of(page(chat, "Where is the ring?", [open_image(PICTURE)], cells=1, max_new_tokens=20))
+    assert "".join(data["answer"]).strip() == "At the bottom"
 
 
 def test_the_picture_of_the_page_is_the_one_that_the_model_sees(chat):
