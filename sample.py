@@ -10,6 +10,7 @@ The answer, and nothing else, goes to standard output; what is loaded, timings a
 
 import argparse
 import io
+import os
 import sys
 import time
 from pathlib import Path
@@ -173,6 +174,9 @@ def ask(chat, args, images, marks):
 def run(parser, use):
     """Read the arguments, open the pictures, load the model and call use(chat, args, images, marks); every mistake of the
     user's is one line and exit status 2."""
+    for stream, way in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, stream) is None:  # closed by whoever started us
+            setattr(sys, stream, open(os.devnull, way))
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
     args = parser.parse_args()
     try:

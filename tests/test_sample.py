@@ -227,6 +227,13 @@ def test_a_reader_that_stops_reading_is_no_error():
     assert b"Traceback" not in done.stderr and b"BrokenPipe" not in done.stderr
 
 
+@pytest.mark.parametrize("closed, out", [("--chat <&-", ""), (">&-", ""), ("2>&-", "A\n"), (">&- 2>&-", "")])
+def test_a_closed_stream_is_no_error(closed, out):
+    command = f"{sys.executable} sample.py --max-new-tokens 1 {closed}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "Traceback" not in done.stderr and done.stdout == out
+
+
 def test_ctrl_c_leaves_a_chat_cleanly():
     process = subprocess.Popen(
         [sys.executable, "sample.py", "--chat"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
