@@ -30,7 +30,7 @@ ROOM = 256  # slots by which a chat's cache grows: a step attends to empty ones 
 
 class Projector(nn.Module):
     """From the vision tower's space to the language model's: (N, P, L·V) -> (N, P, D). An MLP of two layers (LLaVA-1.5,
-    section 3.2); ViP-LLaVA normalises its input, because the layers it concatenates differ in scale (section 3.1)."""
+    section 3.3); ViP-LLaVA normalises its input, because the layers it concatenates differ in scale (section 3.1)."""
 
     def __init__(self, config):
         super().__init__()

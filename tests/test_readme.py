@@ -61,6 +61,19 @@ def test_linked_files_exist(pytestconfig):
     assert links and all((pytestconfig.rootpath / link).exists() for link in links)
 
 
+def test_the_reading_guide_names_what_is_there():
+    named = 0
+    for row in re.findall(r"^\| .* \| (.*) \|$", Path("lessons/reading.md").read_text(encoding="utf-8"), re.M):
+        for file, names in re.findall(r"`([\w/]+\.py)`((?:[^`]*`(?![\w/]+\.py)[^`]+`)*)", row):
+            code = Path(file).read_text(encoding="utf-8")
+            for name in re.findall(r"`([^`]+)`", names):
+                if not name.startswith("torch."):
+                    for part in name.split("."):
+                        assert re.search(rf"^ *(def|class) {part}\b", code, re.M), (file, name)
+                    named += 1
+    assert named > 35
+
+
 def test_requirements_are_the_packages_that_the_readme_names():
     names = {line.split("==")[0] for line in Path("requirements.txt").read_text().split()}
     named = set(re.search(r"`pip install ([\w ]+)` is all that is missing", README)[1].split())
