@@ -2,7 +2,8 @@
 
 A picture becomes a sequence: cut it into 14×14-pixel patches, map each patch linearly to a vector, put a learned
 class vector in front, add a learned position to each, and run a transformer over them in which every patch attends to
-every other. LLaVA reads the patches' hidden states some layers below the top and never the pooled output.
+every other. LLaVA reads the patches' hidden states one block below the top, ViP-LLaVA at five heights, neither the
+pooled output.
 
 Shapes: N pictures, C colours, S side in pixels, P patches, D width, H heads, E = D / H width of a head.
 """

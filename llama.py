@@ -148,7 +148,7 @@ class Attention(nn.Module):
         else:
             out, weights = naive_attention(q, k, v, mask)
             maps.append(weights)
-        return self.o_proj(out.transpose(1, 2).flatten(-2))  # (B, T, D)
+        return self.o_proj(out.transpose(1, 2).flatten(-2))  # (B, T, D) or (B, 1, D)
 
 
 def attention(q, k, v, mask):

@@ -136,7 +136,8 @@ class Llava(nn.Module):
         input_ids: (B, T), with one `<image>` id per picture (expanded here, mask and labels along with it) or with
             as many as there are features; or inputs_embeds: (B, T, D), spliced already.
         pixel_values: (N, 3, side, side), the pictures in the order of their `<image>` tokens, row by row.
-        attention_mask: (B, T), 1 for the new tokens that are real, 0 for padding, which stands on the left.
+        attention_mask: (B, T), 1 for the new tokens that are real, 0 for padding, which stands on the left where a row is
+            to go on (in training none is, and either side will do).
         positions: (B, T); by default they count the real tokens, those in the cache included.
         labels: (B, T) ids, −100 where there is nothing to learn.
         cache: a KVCache with room for T more tokens; they are added to it and see what it holds.
@@ -196,7 +197,7 @@ class Llava(nn.Module):
             return self._expand(ids, mask, labels)
         raise ValueError(
             f"the prompt has {tokens} <image> tokens for {images} pictures; "
-            f"expected one each ({images}), or one for each of the {images * P} features"
+            f"expected one each ({images}), or one for each of their {images} × {P} features"
         )
 
     def _expand(self, ids, mask, labels):
@@ -471,7 +472,7 @@ class Chat:
 
 # What a published config.json leaves out: the vision tower, and which of its layers ViP-LLaVA reads, in this order.
 VIT_L_14_336 = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14)
-VIP_LAYERS = [-2, -5, -8, -11, 6]
+VIP_LAYERS = [-2, -5, -8, -11, 6]  # states 23, 20, 17, 14 and 6 of the 25: fine lines are lost higher up
 
 
 @dataclass

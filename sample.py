@@ -80,23 +80,23 @@ def load(args, pictures):
     dtype = choose_dtype(device, parameters) if args.dtype == "auto" else getattr(torch, args.dtype)
 
     text = config.text
-    tokens = text.max_position_embeddings  # of a chat at the most; a single answer needs less
-    if not args.chat:
-        tokens = min(tokens, pictures * config.features_per_image + len(args.question) + args.max_new_tokens)
     weights = parameters * dtype.itemsize
-    cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * tokens * dtype.itemsize
+    token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * dtype.itemsize  # bytes of the cache
+    most = text.max_position_embeddings
+    tokens = min(most, pictures * config.features_per_image + len(args.question or "") + args.max_new_tokens)
+    caches = f"{size(token * tokens)} of cache for {tokens} tokens" + f", {size(token * most)} for {most} at the end of a chat" * args.chat
     print(
         f"{args.model or 'tiny/llava, which knows drawn shapes only'}: {parameters / 1e6:,.1f} M parameters on {device} in {str(dtype)[6:]}, "
-        f"{size(weights)} of weights and {size(cache)} of cache for {tokens} tokens",
+        f"{size(weights)} of weights and {caches}",
         file=sys.stderr,
     )
-    free = free_memory(device)
-    if free is not None and weights + cache > free:
+    free, needed = free_memory(device), weights + token * tokens
+    if free is not None and needed > free:
         if weights < free:
-            hint = "ask without --chat" if args.chat else "use a smaller --max-new-tokens"
+            hint = "use a smaller --max-new-tokens"
         else:
             hint = "use --dtype bfloat16" if dtype == torch.float32 else "use a smaller model" + " or --device cpu" * (device != "cpu")
-        raise ValueError(f"{device} has {size(free)} free, {size(weights + cache)} are needed; {hint}")
+        raise ValueError(f"{device} has {size(free)} free, {size(needed)} are needed; {hint}")
     chat = Chat.from_pretrained(folder, device, dtype)
     chat.system, chat.pad = args.system, args.pad
     if args.compile:

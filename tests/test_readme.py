@@ -9,6 +9,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from safetensors.torch import load_file
 
 from tiny.grade import as_markdown
 from tiny.world import QUESTIONS, example, make_scene
@@ -37,11 +38,15 @@ def test_quoted_outputs(command, output):
     assert done.stdout == output
 
 
-def test_python_runs():
-    (code,) = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+def test_python_runs(tmp_path, monkeypatch, pytestconfig):
+    (tmp_path / "tiny").symlink_to(pytestconfig.rootpath / "tiny")
+    monkeypatch.chdir(tmp_path)
     names = {}
-    exec(code, names)
+    for code in re.findall(r"^```python\n(.*?)^```", README, re.M | re.S):
+        exec(code, names)
     assert names["to_picture"].shape[1:] == (8, 8) and names["to_picture"].sum() > 0
+    base, whole = (load_file(folder / "model.safetensors") for folder in (tmp_path / "base", pytestconfig.rootpath / "tiny" / "llava"))
+    assert {name for name in whole if not base[name].equal(whole[name])} == {name for name in whole if "projector" in name}
 
 
 def test_question_examples_are_questions_of_the_world():

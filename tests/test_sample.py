@@ -95,7 +95,7 @@ def test_another_model_gets_the_bundled_picture_only_when_nothing_is_asked(argum
 
 @pytest.mark.parametrize(
     "free, arguments, hint",
-    [(1e6, [], "--dtype bfloat16"), (12.6e6, [], "--max-new-tokens"), (12.6e6, ["--chat"], "without --chat"), (1e6, ["--dtype", "float16"], "model")],
+    [(1e6, [], "--dtype bfloat16"), (12.6e6, [], "--max-new-tokens"), (12.6e6, ["--chat"], "--max-new-tokens"), (1e6, ["--dtype", "float16"], "model")],
 )
 def test_what_helps_when_memory_is_short(free, arguments, hint, monkeypatch, capsys):
     import sample as module
