@@ -197,7 +197,7 @@ class Llava(nn.Module):
             return self._expand(ids, mask, labels)
         raise ValueError(
             f"the prompt has {tokens} <image> tokens for {images} pictures; "
-            f"expected one each ({images}), or one for each of their {images} × {P} features"
+            f"expected one each ({images}), or one for each of their {images} × {P} = {images * P} features"
         )
 
     def _expand(self, ids, mask, labels):
