@@ -278,9 +278,9 @@ def visible(real, slots, window):
 class KVCache:
     """The keys and values of the tokens seen so far, so that each new token computes only its own.
 
-    Everything is allocated beforehand, for `max_length` slots, and written in place (only `grow` moves it). All rows of the batch take the same
-    slots; a row with fewer tokens has padding in some of them, and the cache remembers which. Its length is a tensor on
-    the device: a decode step counts on without telling the host, which need not wait for it.
+    Everything is allocated beforehand, for `max_length` slots, and written in place; only `grow` moves it. All rows of the
+    batch take the same slots; a row with fewer tokens has padding in some of them, and the cache remembers which. Its
+    length is a tensor on the device: a decode step counts on without telling the host, which need not wait for it.
     """
 
     def __init__(self, config, batch_size, max_length, device="cpu", dtype=torch.float32):
