@@ -142,7 +142,9 @@ def fill(model, stored, device, dtype):
             for name, shape in shapes.items()
             if name in stored and stored[name].shape != shape
         ],
-        "of a type other than F16, BF16 and F32": [f"{tensor.name} {tensor.kind}" for tensor in stored.values() if tensor.kind not in DTYPES],
+        "of a type other than F16, BF16 and F32": [
+            f"{tensor.name} {tensor.kind}" for tensor in stored.values() if tensor.kind not in DTYPES
+        ],
     }
     if any(problems.values()):
         found = [

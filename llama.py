@@ -7,7 +7,7 @@ token look at itself and at those before it.
 Shapes: B batch, T new tokens, S slots that can be attended to, D width, H query heads, K key/value heads, E head width.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -33,51 +33,8 @@ class LlamaConfig:
     tie_word_embeddings: bool = False  # the output head shares the embedding's matrix
 
     def __post_init__(self):
-        for f in fields(self):
-            value, kind = getattr(self, f.name), f.type
-            optional = not isinstance(kind, type)  # int | None
-            kind = int if optional else kind
-            most = 10**12 if kind is float else 2**20  # no model has more, and a product of three such sizes fits 64 bits
-            good, expected = type(value) in (int, kind) and 0 < value <= most, f"a positive {kind.__name__} up to {most:,}"
-            if kind is bool:
-                good, expected = type(value) is bool, "true or false"
-            if not good and not (optional and value is None):
-                raise ValueError(f"text_config has {f.name} {value!r}; expected {expected}")
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"{self.num_attention_heads} query heads cannot share {self.num_key_value_heads} key/value heads evenly")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim is {self.head_dim}; RoPE turns pairs of dimensions, so it must be even")
-
-    @classmethod
-    def from_dict(cls, raw):
-        """From the `text_config` of a config.json: model_type "llama" or "mistral", each with its own defaults.
-
-        Raises ValueError, naming the field, for what neither of them has (scaled RoPE, biases, another activation).
-        """
-        family = raw.get("model_type", "llama")
-        if family not in ("llama", "mistral"):
-            raise ValueError(f"text_config has model_type {family!r}; supported are 'llama' and 'mistral'")
-        mistral = dict(intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096)
-        values = dict(mistral) if family == "mistral" else {}
-        values |= {f.name: raw[f.name] for f in fields(cls) if f.name in raw}
-        if family == "llama":
-            values["sliding_window"] = None
-
-        # Newer files keep RoPE's settings in one dictionary, older ones beside the other fields.
-        for name in ("rope_scaling", "rope_parameters"):
-            if not isinstance(raw.get(name), dict | None):
-                raise ValueError(f"text_config has {name} {raw[name]!r}; expected an object or null")
-        rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type != "default":
-            raise ValueError(f"text_config has rope_type {rope_type!r}; only the default, unscaled RoPE is supported")
-        values["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", cls.rope_theta))
-        for name, only in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
-            if raw.get(name, only) != only:
-                raise ValueError(f"text_config has {name} {raw[name]!r}; only {only!r} is supported")
-        return cls(**values)
 
 
 class RMSNorm(nn.Module):
@@ -95,9 +52,9 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(positions, head_dim, theta):
-    """cos and sin of the angles positions · theta^(−2i/E), i = 0 … E/2 − 1, in float32 whatever the model's type.
+    """The angles positions · theta^(−2i/E), i = 0 … E/2 − 1, as `rotate` wants them: (cos, cos) and (−sin, sin).
 
-    positions: (B, T). Returns cos twice over, and −sin followed by sin, (B, 1, T, E) each, as `rotate` wants them.
+    positions: (B, T). Returns two tensors (B, 1, T, E), in float32 whatever the model's type.
     RoFormer, https://arxiv.org/abs/2104.09864, equation 15.
     """
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
@@ -107,10 +64,11 @@ def rope_table(positions, head_dim, theta):
 
 
 def rotate(x, cos, sin):
-    """RoPE in the half-split form: dimension i is paired with i + E/2, and the pair (a, b) is rotated by its angle to
-    (a cos − b sin, b cos + a sin). Rolling by E/2 brings each dimension to the place of its partner.
+    """RoPE in the half-split form: a head's first half a and its second half b become a cos − b sin and b cos + a sin, which
+    is (a, b) · (cos, cos) + (b, a) · (−sin, sin). The two brackets beside the dots are the tables; rolling by E/2 makes (b, a).
 
-    (The paper pairs neighbours, 2i with 2i + 1. Hugging Face's weights are permuted to suit this form.)
+    The paper pairs neighbours, dimensions 2i and 2i + 1. Hugging Face's conversion permuted the rows of q_proj and k_proj so
+    that each pair lies E/2 apart; query and key are permuted alike, so their product, and thus the model, is the same.
     """
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin  # (B, H, T, E)
 
@@ -130,19 +88,20 @@ class Attention(nn.Module):
     def forward(self, x, rope, mask, write, maps, last=False):
         """x (B, T, D) to the same shape, or to (B, 1, D) for the last token alone.
 
-        rope: cos and sin; mask: (B, 1, T, S) bool, None for plain causal attention among the T tokens; write: a function
-        that puts k and v into the cache and returns all of it, or None; maps: a list to add the attention map to, or None.
+        rope: the two tables of `rope_table`; mask: (B, 1, T, S), added to the scores, or None: plain causal attention among
+        the T tokens; write: a function that puts k and v into the cache and returns all of it, or None; maps: a list to
+        add the attention map to, or None.
         """
         B, T, _ = x.shape
-        k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2) for proj in (self.k_proj, self.v_proj))  # (B, K, T, E)
-        k = rotate(k, *rope)
-        if last:
-            x, rope, mask = x[:, -1:], [table[:, :, -1:] for table in rope], mask if mask is None else mask[:, :, -1:]
-        q = self.q_proj(x).view(B, x.shape[1], -1, self.head_dim).transpose(1, 2)  # (B, H, T, E)
-        q = rotate(q, *rope)
+        q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        heads = (q.shape[1], k.shape[1])  # H and K
+        q, k = rotate(torch.cat([q, k], dim=1), *rope).split(heads, dim=1)  # (B, H, T, E), (B, K, T, E); at once, for speed
         if write is not None:
-            everything = write(k, v)  # (B, K, S, E) each: the cache, the new tokens included
-            k, v = (k, v) if mask is None else everything  # no mask: the cache was empty, its other slots still are
+            stored = write(k, v)  # (B, K, S, E) each: all slots of the cache, the new tokens' included
+            if mask is not None:  # without one the new tokens are all there is to see: the other slots are empty
+                k, v = stored
+        if last:
+            q, mask = q[:, :, -1:], None if mask is None else mask[:, :, -1:]
         if maps is None:
             out = attention(q, k, v, mask)
         else:
@@ -152,7 +111,7 @@ class Attention(nn.Module):
 
 
 def attention(q, k, v, mask):
-    """softmax(q kᵀ / √E + mask) v, fused: (B, H, T, E). mask: (B, 1, T, S) bool, or None: causal, as is a single last query.
+    """softmax(q kᵀ / √E + mask) v, fused: (B, H, T, E). mask: (B, 1, T, S), or None: causal, as is a single last query.
 
     The kernels that take a mask do not know shared key/value heads, and to copy those for each query head would cost more
     than the attention itself. So the H / K queries that share a head become as many more tokens of one query head.
@@ -169,8 +128,8 @@ def attention(q, k, v, mask):
 def naive_attention(q, k, v, mask):
     """The same attention written out, for those who want its weights: returns (B, H, T, E) and (B, H, T, S)."""
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))  # (B, H, S, E)
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, H, T, S)
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32).to(q.dtype)
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + mask  # (B, H, T, S)
+    weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
     return weights @ v, weights
 
 
@@ -230,25 +189,25 @@ class Llama(nn.Module):
         last: return (B, 1, D), the last token's; of the others the last block then computes keys and values only.
         """
         config, (B, T, _) = self.config, x.shape
-        # With nothing cached, nothing padded and no window in the way, plain causal attention among the new tokens is
-        # all there is, and that is what the fused kernels are best at. A single token never asks: looking at the
-        # device's numbers would make the host wait at every step.
-        window = config.sliding_window
-        plain = (
-            maps is None
-            and (window is None or T <= window)
-            and (cache is None or T > 1 and not cache.length)
-            and (attention_mask is None or T > 1 and bool(attention_mask.all()))
-        )
+        plain = maps is None and is_plain(T, attention_mask, cache, config.sliding_window)
         real = x.new_ones(B, T, dtype=torch.bool) if attention_mask is None else attention_mask
         if cache is not None:
             slots, counted = cache.take(real)
             real = cache.real
         else:
             slots, counted = torch.arange(T, device=x.device), (real.cumsum(1) - 1).clamp(min=0)
-        mask = None if plain else visible(real, slots, window)  # made once, used by every block
-        cos, sin = rope_table(counted if positions is None else positions, config.head_dim, config.rope_theta)
-        rope = cos.to(x.dtype), sin.to(x.dtype)
+        # Both are made once, for all blocks. A mask is added to the scores: 0 where a query may look, −∞ where it may not.
+        mask = (
+            None
+            if plain
+            else torch.zeros((), dtype=x.dtype, device=x.device).where(visible(real, slots, config.sliding_window), -torch.inf)
+        )
+        if cache is not None and positions is None:
+            rope = [table[0, 0, counted].unsqueeze(1) for table in cache.rope]
+        else:
+            rope = [
+                table.to(x.dtype) for table in rope_table(counted if positions is None else positions, config.head_dim, config.rope_theta)
+            ]
 
         for i, block in enumerate(self.layers):
             if states is not None:
@@ -259,6 +218,24 @@ class Llama(nn.Module):
         if states is not None:
             states.append(x)
         return x
+
+
+def is_plain(T, attention_mask, cache, window):
+    """Whether T new tokens need no mask but the causal one, among themselves: what the fused kernels are best at.
+
+    | the tokens come       | because                                                  |
+    |-----------------------|----------------------------------------------------------|
+    | after others          | no: they see the cached ones too                         |
+    | with padding          | no: it must be hidden                                    |
+    | in a window that ends | no: the first ones must be hidden from the last          |
+    | one by one            | no: to ask whether the cache is empty or the token real would make the host wait at every step |
+    | otherwise             | yes                                                      |
+    """
+    if window is not None and T > window:
+        return False
+    if cache is None and attention_mask is None:
+        return True
+    return T > 1 and (cache is None or not cache.length) and (attention_mask is None or bool(attention_mask.all()))
 
 
 def visible(real, slots, window):
@@ -292,6 +269,8 @@ class KVCache:
         )
         self.real = torch.zeros(batch_size, max_length, device=device, dtype=torch.bool)  # False: padding, or not yet taken
         self.length = torch.zeros((), device=device, dtype=torch.long)  # slots taken
+        self.config = config
+        self.rope = self._rope_table()  # of all positions that there may be: a step looks its own up
         self.graph = None  # a decode step that was captured with these very tensors, if one was
 
     @property
@@ -305,6 +284,10 @@ class KVCache:
     @property
     def dtype(self):
         return self.keys[0].dtype
+
+    def _rope_table(self):
+        positions = torch.arange(self.max_length, device=self.real.device)[None]
+        return [table.to(self.dtype) for table in rope_table(positions, self.config.head_dim, self.config.rope_theta)]  # (1, 1, S, E)
 
     def take(self, attention_mask):
         """Take the next T slots for tokens that are real where attention_mask (B, T) says so.
@@ -337,4 +320,5 @@ class KVCache:
             raise ValueError(f"cannot grow a cache of {self.max_length} slots to {max_length}")
         self.keys, self.values = ([F.pad(stored, (0, 0, 0, extra)) for stored in of_layers] for of_layers in (self.keys, self.values))
         self.real = F.pad(self.real, (0, extra))
+        self.rope = self._rope_table()
         self.graph = None

@@ -18,12 +18,14 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from chat import Chat
 from checkpoint import checkpoint_folder
-from clip import open_image
+from config import LlavaConfig
 from device import choose_device, choose_dtype, free_memory
-from llava import Chat, Llava, LlavaConfig
+from generate import compiled
+from images import open_image
+from llava import Llava
 from marks import draw_marks, parse_mark, refer
-from step import compiled
 
 HERE = Path(__file__).parent
 BUNDLED_MODEL, BUNDLED_PICTURE = HERE / "tiny" / "llava", HERE / "tiny" / "example.png"
@@ -38,7 +40,12 @@ def argument_parser(command, description):
     parser.error = fail  # one line, without the usage
     parser.add_argument("question", nargs="?", metavar="QUESTION", help=f'the question; "-" reads it from standard input ["{QUESTION}"]')
     parser.add_argument("--model", help="checkpoint folder, or name on the Hugging Face hub [the bundled tiny/llava]")
-    parser.add_argument("--image", action="append", metavar="FILE", help="a picture; may be repeated [the bundled one, if the model is too or nothing is asked]")
+    parser.add_argument(
+        "--image",
+        action="append",
+        metavar="FILE",
+        help="a picture; may be repeated [the bundled one, if the model is too or nothing is asked]",
+    )
     parser.add_argument(
         "--mark", action="append", default=[], metavar="MARK",
         help='draw "[colour] kind x,y,…" on the picture; {mark} in the question becomes the words for it; '
@@ -47,14 +54,20 @@ def argument_parser(command, description):
     parser.add_argument("--save-marked", metavar="FILE", help="also save the marked picture")
     parser.add_argument("--chat", action="store_true", help='go on asking: one question a line; "/mark MARK" adds a mark')
     parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="length of an answer at the most [512]")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: the likeliest word each time; higher: more varied [0]")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0: the likeliest word each time; higher: more varied [0]"
+    )
     parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens only (at a temperature above 0)")
-    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that together have probability P (likewise)")
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="draw from the likeliest tokens that together have probability P (likewise)"
+    )
     parser.add_argument("--seed", type=int, help="makes the draws repeatable")
     parser.add_argument("--system", metavar="TEXT", help="a system sentence in place of the model's own")
     parser.add_argument("--device", default="auto", help="cuda (or cuda:1 …), mps or cpu [the first of them that is there]")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="[what is fast on the device]")
-    parser.add_argument("--compile", action="store_true", help="compile the decode step first: up to about a minute, then more tokens a second")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the decode step first: up to about a minute, then more tokens a second"
+    )
     parser.add_argument("--pad", action="store_true", help="pad pictures to a square instead of cropping them")
     parser.add_argument("--show-prompt", action="store_true", help="also print the exact prompt and its ids to standard error")
     return parser
@@ -189,6 +202,8 @@ def run(parser, use):
             raise ValueError("the question is empty")
         files = args.image or ([BUNDLED_PICTURE] if nothing_asked or args.model is None else [])  # else text alone
         images, marks = [open_image(file) for file in files], [parse_mark(text) for text in args.mark]
+        if not images:
+            print("no --image is given: the model answers from the text alone", file=sys.stderr)
         if marks:
             images = mark(images, marks, args.save_marked)
         elif args.save_marked is not None and not args.chat:

@@ -123,9 +123,12 @@ def stop_at(pieces, stop):
         yield held
 
 
-def expand_images(ids, image_id, count):
-    """Repeat each `<image>` id `count` times, once for each feature that the picture will put in its place."""
-    return [i for token in ids for i in [token] * (count if token == image_id else 1)]
+def expand_images(ids, image_id, count, values=None):
+    """Repeat each `<image>` id `count` times, once for each feature that the picture will put in its place.
+
+    values: what belongs to the ids one by one (a mask, labels): repeated in the same places, and returned in their stead.
+    """
+    return [value for i, value in zip(ids, ids if values is None else values) for _ in range(count if i == image_id else 1)]
 
 
 SYSTEM = (

@@ -26,10 +26,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from checkpoint import checkpoint_folder, read_headers, save_checkpoint
-from clip import ImageProcessor, open_image
 from device import choose_device
+from images import ImageProcessor, open_image
 from llava import IGNORED, Llava
-from tokenizer import STYLES, Tokenizer, chat_prompt
+from tokenizer import STYLES, Tokenizer, chat_prompt, expand_images
 
 
 def encode_conversation(record, tokenizer, style):
@@ -51,9 +51,10 @@ def encode_conversation(record, tokenizer, style):
         asked = chat_prompt(messages, style)
         messages.append({"role": "assistant", "content": gpt["value"]})
         answered = chat_prompt(messages, style)
-        # "</s>" is a token, after which text begins anew; ViP-LLaVA's "###" is text, which goes on.
-        goes_on = done and STYLES[style]["end"] not in tokenizer.specials
-        prompt = tokenizer.encode_more(asked[len(done) :]) if goes_on else tokenizer.encode(asked[len(done) :])[1:]
+        # At the beginning and after a token like "</s>" text begins anew. ViP-LLaVA's "###" is text, which the next question
+        # continues: encoded on its own, it would get a space that it has not in the whole conversation.
+        anew = not done or STYLES[style]["end"] in tokenizer.specials
+        prompt = tokenizer.encode(asked[len(done) :])[1:] if anew else tokenizer.encode_more(asked[len(done) :])
         answer = tokenizer.encode(answered[len(asked) + 1 :])[1:]  # its leading space is SentencePiece's own
         ids += prompt + answer
         labels += [IGNORED] * len(prompt) + answer
@@ -103,8 +104,8 @@ class Conversations(Dataset):
 
     def __getitem__(self, index):
         """(ids, labels, picture or None). In place of a record whose picture is missing or broken, the next one."""
-        for index in (*range(index, len(self)), *range(index)):
-            ids, labels, path = self.examples[index]
+        for i in (*range(index, len(self)), *range(index)):
+            ids, labels, path = self.examples[i]
             try:
                 return ids, labels, None if path is None else open_image(path)
             except (ValueError, OSError) as error:
@@ -127,8 +128,8 @@ def make_batches(lengths, size, epochs, seed):
 def collate(examples, processor, image_id, pad_id, features_per_image, pad):
     """A batch: ids and labels, each `<image>` as many times as it has features, padded on the right. Nothing real comes
     after the padding, so causal attention needs no mask to leave it out."""
-    stretch = lambda values, ids: [v for v, i in zip(values, ids) for v in [v] * (features_per_image if i == image_id else 1)]
-    examples = [(stretch(ids, ids), stretch(labels, ids), image) for ids, labels, image in examples]
+    stretch = lambda ids, values: expand_images(ids, image_id, features_per_image, values)
+    examples = [(stretch(ids, ids), stretch(ids, labels), image) for ids, labels, image in examples]
     width = max(len(ids) for ids, _, _ in examples)
     ids = torch.tensor([ids + [pad_id] * (width - len(ids)) for ids, _, _ in examples])
     labels = torch.tensor([labels + [IGNORED] * (width - len(labels)) for _, labels, _ in examples])
@@ -165,7 +166,9 @@ def main():
     parser.add_argument("--max-length", type=positive(int), default=2048, help="tokens of a conversation, features of its picture included")
     parser.add_argument("--pad", action="store_true", help="pad pictures to a square, as the original does")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu; auto: the first of them that is there")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation; what is trained is float32")
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation; what is trained is float32"
+    )
     parser.add_argument("--workers", type=int, default=0, help="processes that read pictures")
     parser.add_argument("--save-every", type=positive(float), default=5, help="minutes between saved states")
     parser.add_argument("--seed", type=int, default=0)

@@ -26,8 +26,9 @@ from tqdm import tqdm
 from bench.limits import decode_bytes, matrix_throughput, prefill_operations, read_bandwidth
 from bench.shapes import SHAPES, checkpoint_of
 from bench.worker import LIBRARIES, PICTURE, QUESTION, SECOND, prompt
+from config import LlavaConfig
 from device import choose_device
-from llava import Llava, LlavaConfig
+from llava import Llava
 from tokenizer import Tokenizer
 
 NEW_TOKENS = 64
@@ -70,7 +71,20 @@ def in_turn(runs, repeats, bar):
 def process_start(library, folder, device, dtype):
     """Seconds from the start of a process to the end of an answer of one token."""
     if library == "ours":
-        command = ["sample.py", "--model", folder, "--image", PICTURE, "--device", device, "--dtype", dtype, "--max-new-tokens", "1", QUESTION]
+        command = [
+            "sample.py",
+            "--model",
+            folder,
+            "--image",
+            PICTURE,
+            "--device",
+            device,
+            "--dtype",
+            dtype,
+            "--max-new-tokens",
+            "1",
+            QUESTION,
+        ]
     else:
         command = ["-m", "bench.newcomer", folder, PICTURE, device, dtype, QUESTION]
     start = time.perf_counter()
@@ -224,7 +238,10 @@ def main():
     else:
         run = measure_loading if args.load else measure
         record["figures"], record["limits"], record["measured limits"] = run(folder, device, dtype, args.repeats)
-        print(f"{args.shape} in {args.dtype} on {record['machine']}, which " + ", ".join(f"{k} {v:.3g}" for k, v in record["measured limits"].items()))
+        print(
+            f"{args.shape} in {args.dtype} on {record['machine']}, which "
+            + ", ".join(f"{k} {v:.3g}" for k, v in record["measured limits"].items())
+        )
         print(as_markdown(record))
     if args.json:
         args.json.write_text(json.dumps(record, indent=1) + "\n")

@@ -43,14 +43,17 @@ def prefill_operations(config, weights, pictures, context, new):
     """Operations that `new` tokens after `context` others must take, the pictures' way through the vision tower included.
 
     Two for each weight and token (a multiplication and a sum), and as many for each pair of tokens and each of the two
-    products of attention. Of the last block, the tokens before the last need keys and values only; of the output head, none.
+    products of attention. Of the last block, the tokens before the last need their keys and values alone (their queries, which
+    come along with them, are counted: 0.3 % of a 7B's prefill); of the output head, none.
     """
     text, vision = config.text, config.vision
     blocks, width, head = text.num_hidden_layers, text.num_attention_heads * text.head_dim, text.vocab_size * text.hidden_size
-    block, keys_values = (weights["text"] - head) / blocks, 2 * text.hidden_size * text.num_key_value_heads * text.head_dim
+    block, inputs = (weights["text"] - head) / blocks, text.hidden_size * (width + 2 * text.num_key_value_heads * text.head_dim)
     pairs = (blocks - 1) * (new * context + new * (new + 1) / 2) + context + new
-    words = 2 * new * (block * (blocks - 1) + keys_values) + 2 * (block - keys_values + head) + 4 * pairs * width
-    depth = max(k % (vision.num_hidden_layers + 1) for k in config.vision_layers) / vision.num_hidden_layers  # of the blocks that are needed
+    words = 2 * new * (block * (blocks - 1) + inputs) + 2 * (block - inputs + head) + 4 * pairs * width
+    depth = (
+        max(k % (vision.num_hidden_layers + 1) for k in config.vision_layers) / vision.num_hidden_layers
+    )  # of the blocks that are needed
     patches = vision.num_patches + 1
     seen = 2 * weights["vision"] * depth * patches + 4 * patches**2 * vision.num_hidden_layers * depth * vision.hidden_size
     seen += 2 * weights["projector"] * vision.num_patches

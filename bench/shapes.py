@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from checkpoint import save_checkpoint
-from llava import VIT_L_14_336, Llava, LlavaConfig
+from config import VIT_L_14_336, LlavaConfig
+from llava import Llava
 
 TINY = Path(__file__).parent.parent / "tiny" / "llava"
 SHAPES = {  # hidden size, MLP, layers, heads of the language model

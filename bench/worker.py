@@ -1,6 +1,6 @@
 """One library in a process of its own, so that neither warms or burdens the other. It answers commands, a JSON line each:
 
-    python -m bench.worker ours FOLDER cpu bfloat16
+python -m bench.worker ours FOLDER cpu bfloat16
 """
 
 import json
@@ -26,7 +26,7 @@ def text_alone(batch, length):
 
 class Ours:
     def __init__(self):
-        from llava import Chat
+        from chat import Chat
 
         self.loader = Chat
 
@@ -58,7 +58,7 @@ class Ours:
 
 class Compiled(Ours):
     def load(self, folder, device, dtype):
-        from step import compiled
+        from generate import compiled
 
         super().load(folder, device, dtype)
         self.chat.model.decode_step = compiled(self.chat.model)
@@ -93,7 +93,9 @@ class Transformers:
         return seconds
 
     def _generate(self, inputs, tokens):
-        inputs = {name: value.to(self.model.device, self.model.dtype if value.is_floating_point() else None) for name, value in inputs.items()}
+        inputs = {
+            name: value.to(self.model.device, self.model.dtype if value.is_floating_point() else None) for name, value in inputs.items()
+        }
         times = []
 
         def note(ids, scores):  # called once a token
@@ -103,7 +105,12 @@ class Transformers:
             return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
         self.model.generate(
-            **inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, stopping_criteria=[note], cache_implementation=self.cache
+            **inputs,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+            stopping_criteria=[note],
+            cache_implementation=self.cache,
         )
         return times
 

@@ -62,16 +62,27 @@ def trace(chat, question, images):
     if images:
         start = time.perf_counter()
         pixels = chat.processor(images, pad=chat.pad)
-        rows.add("pixels", pixels, f"{'padded and resized' if chat.pad else 'resized and cropped'} to {side}×{side}, normalised", time.perf_counter() - start)
+        rows.add(
+            "pixels",
+            pixels,
+            f"{'padded and resized' if chat.pad else 'resized and cropped'} to {side}×{side}, normalised",
+            time.perf_counter() - start,
+        )
         rows.watch(vision.patch_embedding, "patches", f"{grid} × {grid} patches of {config.vision.patch_size} pixels, each one vector")
         rows.watch(vision.pre_layrnorm, "CLIP states 0", "with the class token in front and positions added")
         read = {k % (config.vision.num_hidden_layers + 1) for k in config.vision_layers}
         for n, layer in enumerate(vision.layers, 1):
             rows.watch(layer, f"CLIP states {n}", "read by the projector" if n in read else "")
-        rows.watch(model.projector.linear_1, "projector, layer 1", f"{len(read)} of CLIP's states, " + ("" if config.keep_cls else "without the class token"))
+        rows.watch(
+            model.projector.linear_1,
+            "projector, layer 1",
+            f"{len(read)} of CLIP's states, " + ("" if config.keep_cls else "without the class token"),
+        )
         rows.watch(model.projector, "image features", "patches in the space of words")
     rows.watch(llama.embed_tokens, "word embeddings", f"of {len(ids) + len(images) * (P - 1)} ids: each <image> stands {P} times")
-    rows.watch(llama.layers[0].input_layernorm, "spliced embeddings", "image features in the places of <image>; here normalised for block 1")
+    rows.watch(
+        llama.layers[0].input_layernorm, "spliced embeddings", "image features in the places of <image>; here normalised for block 1"
+    )
     for n, layer in enumerate(llama.layers, 1):
         last = "the last token's alone: of the others the last block makes keys and values only"
         rows.watch(layer, f"Llama block {n}", last if layer is llama.layers[-1] else "")

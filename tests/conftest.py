@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from llava import Chat
+from chat import Chat
 
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits for the first
 

@@ -1,7 +1,7 @@
 """Make tests/fixtures: three small random checkpoints, and every tensor that transformers computes from them.
 
-    pip install transformers==5.23.0
-    python -m tests.make_fixtures
+pip install transformers==5.23.0
+python -m tests.make_fixtures
 """
 
 import random
@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
-from transformers import VipLlavaConfig, VipLlavaForConditionalGeneration
+from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration, VipLlavaConfig, VipLlavaForConditionalGeneration
 
 FIXTURES = Path(__file__).parent / "fixtures"
 VOCABULARY, IMAGE_ID, PAD_ID = 96, 94, 95
@@ -25,14 +24,16 @@ TEXT = dict(
     rms_norm_eps=1e-5, max_position_embeddings=128, pad_token_id=PAD_ID,
 )  # fmt: skip
 CONFIGS = {
-    "llava": LlavaConfig(
-        vision_config=VISION, text_config=dict(TEXT, model_type="llama", num_attention_heads=3), **COMMON
-    ),
+    "llava": LlavaConfig(vision_config=VISION, text_config=dict(TEXT, model_type="llama", num_attention_heads=3), **COMMON),
     # Grouped queries, a head_dim that is not hidden / heads, a window shorter than the prompts, the class token kept.
     "bakllava": LlavaConfig(
         vision_config=dict(VISION, layer_norm_eps=1e-3),
         text_config=dict(
-            TEXT, model_type="mistral", num_key_value_heads=2, head_dim=8, sliding_window=7,
+            TEXT,
+            model_type="mistral",
+            num_key_value_heads=2,
+            head_dim=8,
+            sliding_window=7,
             rope_parameters={"rope_theta": 1000.0, "rope_type": "default"},
         ),  # fmt: skip
         vision_feature_select_strategy="full",
@@ -95,9 +96,7 @@ def make_reference(model, rows, seed, steps=64, kept_steps=8):
     generated = model.generate(**prompt, **greedy, return_dict_in_generate=True, output_logits=True)
     # A prompt that starts shorter than any window here, and grows longer than it.
     text = inputs["input_ids"][:1, -3:]
-    short = model.generate(
-        text, attention_mask=torch.ones_like(text), **greedy, return_dict_in_generate=True, output_logits=True
-    )
+    short = model.generate(text, attention_mask=torch.ones_like(text), **greedy, return_dict_in_generate=True, output_logits=True)
     reference = dict(
         hidden_states=torch.stack(out.hidden_states),  # (layers + 1, B, T, D)
         attentions=torch.stack(out.attentions),  # (layers, B, H, T, T)

@@ -1,6 +1,6 @@
 """Makes tests/fixtures/marks.png: every kind of mark in several ways, as drawn once and looked at.
 
-    python -m tests.make_marks
+python -m tests.make_marks
 """
 
 from pathlib import Path

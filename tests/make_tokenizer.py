@@ -138,7 +138,10 @@ def main():
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it stands
         "added_tokens_decoder": {token.pop("id"): token for token in map(dict, fast["added_tokens"])},
-        **{"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"},
+        "unk_token": "<unk>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
         "clean_up_tokenization_spaces": False,
     }
     write_json("tokenizer_config.json", config, indent=1)

@@ -55,9 +55,7 @@ def random_config(draw, family):
     common = dict(vision_config=vision, text_config=text, image_token_index=IMAGE_ID, tie_word_embeddings=tied)
     if family == "vip":
         layers = draw.choice([[-2, -5, -8, -11, 6], [-2, -5, -8, -11, 6], [-1, 3], [12, 0, -3]])
-        return transformers.VipLlavaConfig(
-            **common, vision_feature_layer=layers, projector_layernorm_eps=draw.choice([1e-5, 1e-2])
-        )
+        return transformers.VipLlavaConfig(**common, vision_feature_layer=layers, projector_layernorm_eps=draw.choice([1e-5, 1e-2]))
     return transformers.LlavaConfig(
         **common,
         vision_feature_layer=draw.choice(LAYERS),

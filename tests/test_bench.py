@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.__main__ import Worker, as_markdown, count_weights, in_turn
 from bench.limits import decode_bytes, prefill_operations
 from bench.shapes import write_configs
-from llava import Llava, LlavaConfig
+from config import LlavaConfig
+from llava import Llava
 
 
 @pytest.mark.parametrize("pictures, words", [(1, 20), (0, 200)])
@@ -67,7 +68,11 @@ def test_runs_take_turns_and_give_medians():
 
 def test_table():
     record = {
-        "figures": {"first, s": {"ours": 2.0, "transformers": 4.0}, "decode, tokens/s": {"ours": 30.0, "transformers": 10.0}, "load, s": {"ours": 1.0, "transformers": 2.0}},
+        "figures": {
+            "first, s": {"ours": 2.0, "transformers": 4.0},
+            "decode, tokens/s": {"ours": 30.0, "transformers": 10.0},
+            "load, s": {"ours": 1.0, "transformers": 2.0},
+        },
         "limits": {"first, s": 1.0, "decode, tokens/s": 40.0},
     }
     assert as_markdown(record).splitlines()[2:] == [

@@ -1,11 +1,10 @@
 """A conversation: the cache kept between turns changes what is computed, never what is said."""
 
 import pytest
-import torch
 from PIL import Image
 
-from clip import open_image
-from llava import Chat
+from chat import Chat
+from images import open_image
 from tokenizer import expand_images
 
 PICTURE = "tiny/example.png"

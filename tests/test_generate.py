@@ -1,11 +1,13 @@
 """Generation: which tokens come, when it stops, how much is computed; and the KV cache."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from generate import greedy, greedy_cached, sample
 from llama import KVCache
-from llava import sample
-from tests.compare import FAMILIES, TOLERANCE, load, relative
+from tests.compare import FAMILIES, TOLERANCE, load, one_id_per_image, relative
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -8.0]])
 
@@ -24,6 +26,24 @@ def frequencies(temperature=1.0, top_k=None, top_p=None, draws=20000):
     random = torch.Generator().manual_seed(0)
     tokens = sample(LOGITS.expand(draws, -1), temperature, top_k, top_p, random)
     return tokens.bincount(minlength=LOGITS.shape[1]) / draws
+
+
+# The loops on the board
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("loop", [greedy, greedy_cached])
+def test_the_plain_loops_give_the_tokens_of_generate(family, loop):
+    model, reference = load(family)
+    ids = one_id_per_image(model, reference)["input_ids"][1:2]
+    ids = ids[:, (ids[0] != model.config.pad_id).nonzero()[0, 0] :]  # the second row, without its padding
+    pixels = reference["pixel_values"][:1]
+    expected = [int(token) for token in model.generate(ids, pixels, max_new_tokens=12, eos_ids=())]
+    assert len({*expected}) > 2
+    for end in (None, expected[6]):  # none of them, and one on the way
+        model.config = replace(model.config, eos_ids=(end,))
+        shown = expected if end is None else expected[: expected.index(end) + 1]
+        assert [*loop(model, ids, pixels, max_new_tokens=12)] == shown
 
 
 # Choosing a token
@@ -276,7 +296,9 @@ def test_cache_of_another_batch_or_type(batch, dtype):
     model, reference = load("llava")
     cache = KVCache(model.config.text, batch, 20, dtype=dtype)
     for use in (model, model.generate):
-        with pytest.raises(ValueError, match=f"cache is for {batch} rows in {dtype}; the batch has 1 rows and the model is in torch.float32"):
+        with pytest.raises(
+            ValueError, match=f"cache is for {batch} rows in {dtype}; the batch has 1 rows and the model is in torch.float32"
+        ):
             use(reference["text_ids"], cache=cache)
 
 

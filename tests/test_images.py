@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from clip import ImageProcessor, open_image
+from images import ImageProcessor, open_image
 from tests.make_images import FILE, MEAN, MODES, SIZES, STD, cases, picture, summary
 
 GOLDEN = json.loads(FILE.read_text())

@@ -11,7 +11,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from clip import open_image
+from images import open_image
 from lessons.exercises.__main__ import EXERCISES, place_of
 from lessons.explain import as_seen, page
 from lessons.trace import splice_map, trace
@@ -38,7 +38,7 @@ def test_the_splice_map_covers_every_position_once(chat):
     rows = splice_map(chat, "Which?", [picture, picture])
     ids = expand_images(chat.tokenizer.encode(chat.prompt("Which?", [picture, picture])), chat.model.config.image_id, 64)
     assert [position for first, last, _ in rows for position in range(first, last + 1)] == list(range(len(ids)))
-    for first, last, text in rows:
+    for first, _, text in rows:
         assert text.startswith("picture") == (ids[first] == chat.model.config.image_id), (first, text)
     assert sum("patches of row" in text for *_, text in rows) == 16 and rows[0][2] == "1 '<s>'"
 
@@ -51,13 +51,19 @@ def test_the_trace_as_a_command(arguments, words):
 
 @pytest.mark.parametrize("lesson", ["trace", "explain"])
 def test_a_mistake_is_one_line(lesson, tmp_path):
-    done = subprocess.run([sys.executable, "-m", f"lessons.{lesson}", "--image", tmp_path / "no.png"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", f"lessons.{lesson}", "--image", tmp_path / "no.png"], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 2 and done.stderr.startswith(f"{lesson}.py: ") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     "lesson, arguments, words",
-    [("trace", ["--chat"], "--chat"), ("explain", ["--chat"], "--chat"), ("explain", ["--cells", "0"], "--cells is 0; expected at least 1")],
+    [
+        ("trace", ["--chat"], "--chat"),
+        ("explain", ["--chat"], "--chat"),
+        ("explain", ["--cells", "0"], "--cells is 0; expected at least 1"),
+    ],
 )
 def test_what_a_lesson_cannot_show_is_refused(lesson, arguments, words):
     done = subprocess.run([sys.executable, "-m", f"lessons.{lesson}", *arguments], capture_output=True, text=True, timeout=120)
@@ -124,7 +130,9 @@ def test_a_stub_and_its_solution_have_the_shape_of_the_real_function(number):
 
 @pytest.mark.parametrize("number", EXERCISES)
 def test_a_solution_passes(number):
-    done = subprocess.run([sys.executable, "-m", "lessons.exercises", str(number), "--solution"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", "lessons.exercises", str(number), "--solution"], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0 and done.stdout.endswith(f"Exercise {number}: right.\n"), done.stdout
 
 

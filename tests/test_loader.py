@@ -11,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from chat import Chat
 from checkpoint import our_name
-from llava import Chat, Llava, LlavaConfig
+from config import LlavaConfig
+from llava import Llava
 
 TOKENIZER = Path(__file__).parent / "fixtures" / "tokenizer"
 CONFIG = {
@@ -257,7 +259,10 @@ BROKEN = [
     (lambda folder: (folder / "generation_config.json").write_text("{"), WRONG, ["generation_config.json", "not va"]),
     # what the model is
     (config(mm_vision_tower="openai/clip-vit-large-patch14-336"), WRONG, ["original authors' layout", "llava-hf/"]),
-    *[(config(projector_layernorm_eps=eps), WRONG, ["projector_layernorm_eps"]) for eps in ("1e-5", [1], -1, True, None, float("nan"), 10**400)],
+    *[
+        (config(projector_layernorm_eps=eps), WRONG, ["projector_layernorm_eps"])
+        for eps in ("1e-5", [1], -1, True, None, float("nan"), 10**400)
+    ],
     (edit_json("config.json", lambda raw: raw.pop("model_type")), WRONG, ["model_type None", "'llava' or 'vipllava'"]),
     (config(model_type="llava_next"), WRONG, ["model_type 'llava_next'", "'llava' or 'vipllava'"]),
     (config(model_type=["llava"]), WRONG, ["model_type ['llava']"]),
@@ -270,7 +275,8 @@ BROKEN = [
     (text(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), WRONG, ["rope_type 'yarn'", "default"]),
     (text(num_key_value_heads=3), WRONG, ["4 query heads", "3 key/value heads"]),
     (vision(num_attention_heads=3), WRONG, ["hidden_size 16", "3 heads"]),
-    (vision(hidden_act="gelu"), WRONG, ["hidden_act is 'gelu'", "'quick_gelu'"]),
+    (vision(model_type="siglip_vision_model"), WRONG, ["vision_config", "model_type 'siglip_vision_model'", "'clip_vision_model'"]),
+    (vision(hidden_act="gelu"), WRONG, ["hidden_act 'gelu'", "'quick_gelu'"]),
     (config(projector_hidden_act="relu"), WRONG, ["projector_hidden_act 'relu'", "'gelu'"]),
     (config(image_grid_pinpoints=[[336, 672]]), WRONG, ["image_grid_pinpoints"]),
     (config(vision_feature_select_strategy="cls"), WRONG, ["'cls'", "'default' or 'full'"]),

@@ -136,7 +136,9 @@ def test_an_arrows_head_is_filled_or_open():
     heads = [drawn(Mark("arrow", (100, 100), angle=0, length=80, head=0.5, width=2, filled=filled), (336, 336)) for filled in (True, False)]
     filled, opened = (head[60:141, 95:125] for head in heads)  # the barbs end at 120, 35 above and below
     assert opened.any(1).sum() > 60 and opened.sum() < filled.sum() / 3
-    assert np.array_equal(drawn(Mark("arrow", (80, 90, 120, 110), angle=0), (336, 336)), drawn(Mark("arrow", (100, 100), angle=0), (336, 336)))
+    assert np.array_equal(
+        drawn(Mark("arrow", (80, 90, 120, 110), angle=0), (336, 336)), drawn(Mark("arrow", (100, 100), angle=0), (336, 336))
+    )
     small = drawn(Mark("arrow", (100, 100), angle=0, length=8, head=0.1), (336, 336))
     assert np.flatnonzero(small.any(1)).size >= 9  # a head of 6 at the least: its barbs reach 5 to either side
 
@@ -223,14 +225,14 @@ def test_a_question_refers_to_its_marks():
     one, two = Mark("point", (1, 2)), Mark("arrow", (1, 2), "blue")
     assert refer("What is {mark}?", [one]) == refer("What is {mark1}?", [one]) == "What is at the red point?"
     assert refer("{mark2}, {mark1} {} {Mark} {mark x}", [one, two]) == "pointed to by the blue arrow, at the red point {} {Mark} {mark x}"
-    for question, marks, message in (
+    for question, drawn_marks, message in (
         ("{mark}", [], "there are 0 marks"),
         ("{mark}", [one, two], "there are 2 marks: {mark1}, {mark2}"),
         ("{mark0}", [one], "{mark0}: there is 1 mark"),
         ("{mark3}", [one, two], "{mark3}: there are 2 marks"),
     ):
         with pytest.raises(ValueError, match=message):
-            refer(question, marks)
+            refer(question, drawn_marks)
 
 
 # Errors

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from clip import CLIPVisionConfig
-from llama import KVCache, LlamaConfig
-from llava import VIP_LAYERS, Llava, LlavaConfig
+from config import VIP_LAYERS, LlavaConfig, text_config, vision_config
+from llama import KVCache
+from llava import Llava
 from tests.compare import FAMILIES, FIXTURES, TOLERANCE, greedy_tokens, load, one_id_per_image, relative, stage_errors
 
 
@@ -70,8 +70,8 @@ def test_padded_row_equals_the_row_alone(family, row):
 
 def test_expansion_leaves_no_column_of_padding_alone():
     model, reference = load("llava")
-    I, P = model.config.image_id, model.config.features_per_image
-    ids, mask = torch.tensor([[0, 0, 1, I, 7], [1, 5, 6, 7, 8]]), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    image, P = model.config.image_id, model.config.features_per_image
+    ids, mask = torch.tensor([[0, 0, 1, image, 7], [1, 5, 6, 7, 8]]), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     pixels, labels = reference["pixel_values"][:1], torch.where(mask.bool(), 9, -100)
     out = model(ids, pixels, mask, labels=labels)
     assert out.logits.shape[1] == 2 + P  # as long as the row with the picture; its own padding would have made it 4 + P
@@ -283,7 +283,7 @@ TEXT_7B = dict(max_position_embeddings=4096, rms_norm_eps=1e-5, vocab_size=32064
     ],
 )
 def test_text_config_left_out_fields(raw, expected):
-    assert vars(LlamaConfig.from_dict(raw)) == LLAMA | expected
+    assert vars(text_config(raw)) == LLAMA | expected
 
 
 def config_of(folder, raw, generation=None):
@@ -296,7 +296,7 @@ def config_of(folder, raw, generation=None):
 def test_vision_config_left_out_fields(tmp_path):
     assert vars(config_of(tmp_path, {"model_type": "llava", "vision_config": {}}).vision) == CLIP
     sparse = {"model_type": "clip_vision_model", "hidden_size": 1152, "projection_dim": 768}
-    assert vars(CLIPVisionConfig.from_dict(sparse)) == CLIP | {"hidden_size": 1152}
+    assert vars(vision_config(sparse)) == CLIP | {"hidden_size": 1152}
 
 
 def test_published_config_of_the_7b(tmp_path):

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from clip import open_image
-from llava import Chat
+from chat import Chat
+from images import open_image
 from marks import draw_marks, parse_mark
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -91,11 +91,17 @@ def test_sampling_options_and_a_seed():
 def test_another_model_gets_the_bundled_picture_only_when_nothing_is_asked(arguments, pictures):
     _, _, err = sample("--model", "tiny/llava", "--show-prompt", "--max-new-tokens", "1", *arguments)
     assert err.count("<image>") == pictures
+    assert ("no --image is given" in err) == (pictures == 0)
 
 
 @pytest.mark.parametrize(
     "free, arguments, hint",
-    [(1e6, [], "--dtype bfloat16"), (12.6e6, [], "--max-new-tokens"), (12.6e6, ["--chat"], "--max-new-tokens"), (1e6, ["--dtype", "float16"], "model")],
+    [
+        (1e6, [], "--dtype bfloat16"),
+        (12.6e6, [], "--max-new-tokens"),
+        (12.6e6, ["--chat"], "--max-new-tokens"),
+        (1e6, ["--dtype", "float16"], "model"),
+    ],
 )
 def test_what_helps_when_memory_is_short(free, arguments, hint, monkeypatch, capsys):
     import sample as module
@@ -179,7 +185,10 @@ MISTAKES = {
     "mark without a picture": (["--model", "tiny/llava", "--mark", "red point 1,2", "What is {mark}?"], "there are 0"),
     "mark on two pictures": (["--mark", "red point 1,2", *["--image", "tiny/example.png"] * 2], "there are 2"),
     "nothing to save": (["--save-marked", "marked.png", "What?"], "there is no --mark"),
-    "no such format": (["--mark", "red point 1,2", "--save-marked", "marked.xyz", "What?"], "'marked.xyz': cannot be written (KeyError('.xyz'))"),
+    "no such format": (
+        ["--mark", "red point 1,2", "--save-marked", "marked.xyz", "What?"],
+        "'marked.xyz': cannot be written (KeyError('.xyz'))",
+    ),
     "a format without a writer": (["--mark", "red point 1,2", "--save-marked", "marked.psd", "What?"], "'marked.psd': cannot be written"),
     "no name to save": (["--save-marked", "", "What?"], "there is no --mark"),
     "too many pictures": (["--image", "tiny/example.png"] * 8, "max_position_embeddings of 512"),

@@ -7,9 +7,22 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from llava import Chat
+from chat import Chat
 from tiny.grade import commonest, grade, table
-from tiny.world import PLACES, QUESTIONS, Thing, conversation, describe, draw, example, held_out_questions, is_held_out, make_scene, names, write
+from tiny.world import (
+    PLACES,
+    QUESTIONS,
+    Thing,
+    conversation,
+    describe,
+    draw,
+    example,
+    held_out_questions,
+    is_held_out,
+    make_scene,
+    names,
+    write,
+)
 
 
 def test_training_and_held_out_scenes_never_meet():

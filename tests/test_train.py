@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import train
 from checkpoint import save_checkpoint
-from clip import ImageProcessor
+from images import ImageProcessor
 from llava import Llava
 from tiny.world import write
 from tokenizer import Tokenizer, chat_prompt
@@ -61,7 +61,8 @@ def test_a_conversation_is_encoded_as_it_will_be_read(style):
 
 
 @pytest.mark.parametrize(
-    "bad", [record(), record("<image>\nHi"), record("<image>\nHi</s>", "Yes."), {"id": "x", "conversations": [{"from": "gpt", "value": "Hi"}]}]
+    "bad",
+    [record(), record("<image>\nHi"), record("<image>\nHi</s>", "Yes."), {"id": "x", "conversations": [{"from": "gpt", "value": "Hi"}]}],
 )
 def test_a_record_that_is_no_conversation_is_an_error(bad):
     with pytest.raises(ValueError):

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from llava import Chat
+from chat import Chat
 from tiny import marked, world
 from tokenizer import STYLES, chat_prompt, stop_at
 

@@ -1,6 +1,6 @@
 """The tiny world with visual prompts on it: one or two marked things among several, and questions that refer to the marks.
 
-    python -m tiny.marked           # writes tiny/marked-data: pictures, and conversations in LLaVA's own format
+python -m tiny.marked           # writes tiny/marked-data: pictures, and conversations in LLaVA's own format
 """
 
 import argparse
@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from marks import COLOURS, KINDS, draw_marks, random_mark
 from tiny.world import NUMBERS, PLACES, SIDE, ask_description, describe, llava_record, make_scene, paint, place, yes
-
 
 AROUND = ("rectangle", "ellipse", "mask", "mask contour")
 

@@ -23,9 +23,11 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tqdm import tqdm
 
 from checkpoint import save_checkpoint
-from clip import CLIPVision, CLIPVisionConfig, ImageProcessor
+from clip import CLIPVision, CLIPVisionConfig
+from config import LlavaConfig
+from images import ImageProcessor
 from llama import Llama, LlamaConfig
-from llava import Llava, LlavaConfig
+from llava import Llava
 from tiny.marked import conversation as marked_conversation
 from tiny.marked import marked_scene, picture, put_marks
 from tiny.world import COLOURS, KINDS, SIDE, SIZES, conversation, describe, draw, is_held_out, make_scene

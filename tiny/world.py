@@ -145,7 +145,7 @@ def _turn(x, y, degrees):
 
 
 def describe(scene, notes=None):
-    """"A large red circle at the top left and a small blue star in the centre." notes: {thing: what to add to its place}."""
+    """Like "A large red circle at the top left and a small blue star in the centre." notes: {thing: what to add to its place}."""
     phrases = [" ".join(["a", str(thing), PLACES[thing.cell], *(notes or {}).get(thing, "").split()]) for thing in scene]
     text = " and ".join(filter(None, [", ".join(phrases[:-1]), phrases[-1]]))
     return text[0].upper() + text[1:] + "."
@@ -156,7 +156,7 @@ def names(thing, scene, without=()):
     ways = (("kind",), ("colour", "kind"), ("size", "kind"), ("colour",), ("size", "colour", "kind"))
     found = []
     for way in ways:
-        key = lambda t: [getattr(t, field) for field in way]
+        key = lambda t, way=way: [getattr(t, field) for field in way]
         if not set(way) & set(without) and sum(key(t) == key(thing) for t in scene) == 1:
             found.append(" ".join(key(thing)) + ("" if "kind" in way else " thing"))
     return found
@@ -196,13 +196,13 @@ def ask_count_of(scene, random):
 
 def ask_colour(scene, random):
     if found := pick(scene, random, without=("colour",)):
-        (thing, name), = found
+        thing, name = found[0]
         return random.choice((f"What colour is the {name}?", f"Which colour does the {name} have?")), f"{thing.colour.capitalize()}."
 
 
 def ask_size(scene, random):
     if found := pick(scene, random, without=("size",)):
-        (thing, name), = found
+        thing, name = found[0]
         return f"Is the {name} small or large?", f"{thing.size.capitalize()}."
 
 
@@ -215,7 +215,7 @@ def ask_what(scene, random):
 
 def ask_where(scene, random):
     if found := pick(scene, random):
-        (thing, name), = found
+        thing, name = found[0]
         return f"Where is the {name}?", f"{PLACES[thing.cell].capitalize()}."
 
 

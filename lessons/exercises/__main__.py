@@ -14,7 +14,11 @@ STAGES = "tests/test_parity.py::test_every_stage"
 EXERCISES = {
     1: ("e1_splice", {"splice": "llava.splice"}, [STAGES, "tests/test_parity.py::test_greedy_tokens"]),
     2: ("e2_projector", {"forward": "llava.Projector.forward"}, [STAGES]),
-    3: ("e3_vision", {"forward": "clip.CLIPVision.forward"}, [STAGES, "tests/test_generate.py::test_pictures_are_encoded_once_and_no_deeper_than_read"]),
+    3: (
+        "e3_vision",
+        {"forward": "clip.CLIPVision.forward"},
+        [STAGES, "tests/test_generate.py::test_pictures_are_encoded_once_and_no_deeper_than_read"],
+    ),
     4: ("e4_block", {"norm": "llama.RMSNorm.forward", "mlp": "llama.MLP.forward"}, [STAGES, "tests/test_parity.py::test_half_precision"]),
     5: ("e5_rope", {"rope_table": "llama.rope_table", "rotate": "llama.rotate"}, [STAGES, "tests/test_parity.py::test_given_positions"]),
     6: ("e6_attention", {"attention": "llama.attention"}, [STAGES, "tests/test_parity.py::test_greedy_tokens"]),
@@ -22,7 +26,11 @@ EXERCISES = {
     8: (
         "e8_cache",
         {"take": "llama.KVCache.take", "write": "llama.KVCache.write"},
-        ["tests/test_parity.py::test_cache_changes_nothing_at_any_step", "tests/test_parity.py::test_prompt_in_two_pieces", "tests/test_generate.py"],
+        [
+            "tests/test_parity.py::test_cache_changes_nothing_at_any_step",
+            "tests/test_parity.py::test_prompt_in_two_pieces",
+            "tests/test_generate.py",
+        ],
     ),
 }
 

@@ -9,6 +9,6 @@ and K key/value heads, query head h reads key/value head h // (H / K). First wri
 
 
 def attention(q, k, v, mask):
-    """q: (B, H, T, E); k, v: (B, K, S, E); mask: (B, 1, T, S) bool, True where query t may look at slot s. None: query t
-    may look at keys 0 to t; a single query (T = 1) at all of them. Returns (B, H, T, E)."""
+    """q: (B, H, T, E); k, v: (B, K, S, E); mask: (B, 1, T, S), 0 where query t may look at slot s and −∞ where it may not.
+    None: query t may look at keys 0 to t; a single query (T = 1) at all of them. Returns (B, H, T, E)."""
     raise NotImplementedError("exercise 6: write attention")

@@ -6,7 +6,7 @@ Three rules, for the query in slot q and the key in slot k of the KV cache:
 - Mistral's sliding window (https://arxiv.org/abs/2310.06825, section 2): a token sees `window` tokens, itself included.
 And one exception: a query always sees itself, even where it is padding, because a softmax over nothing is not a number.
 
-`visible` becomes `llama.visible`.
+`visible` becomes `llama.visible`; what may not be seen then gets −∞ added to its score.
 """
 
 
