@@ -16,6 +16,9 @@ parity: .venv/installed          # live, against transformers
 	.venv/bin/python -m tests.parity
 	.venv/bin/python -m tests.tokenizer_parity
 
+oldest: .venv-oldest/installed   # the suite on the oldest PyTorch that the README speaks of
+	.venv-oldest/bin/python -m pytest
+
 tiny: .venv/installed            # make tiny/llava again, from nothing but seeds; goes on where it was stopped (to begin anew, remove tiny/build)
 	$(MAKE) tiny/build/llava/model.safetensors
 	cp tiny/build/llava/*.json tiny/build/llava/tokenizer.model tiny/build/llava/model.safetensors tiny/llava/
@@ -43,4 +46,10 @@ tiny/build/llava/model.safetensors: | tiny/build/tuned/model.safetensors tiny/mo
 	@.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.PHONY: sample test exercise parity tiny
+.venv-oldest/installed: requirements.txt
+	$(PYTHON) -m venv .venv-oldest
+	sed 's/^torch==.*/torch==2.6.0/' requirements.txt > .venv-oldest/requirements.txt
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -r .venv-oldest/requirements.txt
+	touch $@
+
+.PHONY: sample test exercise parity oldest tiny
