@@ -19,9 +19,11 @@ import os
 import sys
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -30,6 +32,8 @@ from device import choose_device
 from images import ImageProcessor, open_image
 from llava import IGNORED, Llava
 from tokenizer import STYLES, Tokenizer, chat_prompt, expand_images
+
+LARGE = 100e6  # parameters of a model above which activations are checkpointed by default
 
 
 def encode_conversation(record, tokenizer, style):
@@ -145,6 +149,32 @@ def learning_rate(step, steps, peak, warmup):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
+def prepare(model, stage, dtype, checkpoint_activations):
+    """Give what the stage trains float32 and gradients, and the rest dtype. Returns the trained parameters, their optimiser
+    and the context in which a forward pass computes in dtype.
+
+    checkpoint_activations: the backward pass finds each block's input only, and runs the block again for all else
+    (Chen et al. 2016, https://arxiv.org/abs/1604.06174).
+    """
+    learners = [model.projector, model.language_model][:stage]
+    parameters = [parameter for module in learners for parameter in module.parameters()]
+    for parameter in parameters:  # float32: in 16 bits a step of the optimiser would round to nothing
+        parameter.data = parameter.data.float().clone()
+        parameter.requires_grad_(True)
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    if checkpoint_activations:
+        for block in model.language_model.layers:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    # One tensor after the other: all at once, as is usual on a GPU, would take 4 more bytes a parameter for a moment.
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, foreach=False)
+    if dtype == torch.float32:
+        return parameters, optimizer, nullcontext()
+    # A pass uses each weight once: to keep its 16-bit copy for another use would only take memory.
+    return parameters, optimizer, torch.autocast(model.device.type, dtype, cache_enabled=False)
+
+
 def save_state(state, path):
     """Write beside the old file and then put in its place: whoever kills this at any moment leaves a whole one."""
     torch.save(state, path.with_suffix(".partial"))
@@ -168,6 +198,12 @@ def main():
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu; auto: the first of them that is there")
     parser.add_argument(
         "--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation; what is trained is float32"
+    )
+    parser.add_argument(
+        "--checkpoint-activations",
+        action=argparse.BooleanOptionalAction,
+        help="keep only the input of each block of the language model and compute the rest again on the way back: much less memory "
+        "for one more forward pass of time [on above 100 million parameters]",
     )
     parser.add_argument("--workers", type=int, default=0, help="processes that read pictures")
     parser.add_argument("--save-every", type=positive(float), default=5, help="minutes between saved states")
@@ -203,23 +239,18 @@ def train(args):
     length, P = min(args.max_length, config.text.max_position_embeddings), config.features_per_image
     data = Conversations(args.data, args.images, tokenizer, config.style, length, P, with_picture=args.stage == 1)
 
-    learners = [model.projector, model.language_model][: args.stage]
-    parameters = [parameter for module in learners for parameter in module.parameters()]
-    for parameter in parameters:  # float32: in 16 bits a step of the optimiser would round to nothing
-        parameter.data = parameter.data.float().clone()
-        parameter.requires_grad_(True)
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
+    checkpointed = args.checkpoint_activations
+    if checkpointed is None:
+        checkpointed = sum(parameter.numel() for parameter in model.parameters()) > LARGE
+    parameters, optimizer, autocast = prepare(model, args.stage, dtype, checkpointed)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
-    autocast = torch.autocast(torch.device(args.device).type, dtype) if dtype != torch.float32 else nullcontext()
 
     batches = make_batches(data.lengths, args.batch_size, args.epochs, args.seed)
     steps, peak = math.ceil(len(batches) / args.accumulate), args.lr or (1e-3 if args.stage == 1 else 2e-5)
     args.out.mkdir(parents=True, exist_ok=True)
     state_file, step = args.out / "training-state.pt", 0
-    run = {name: str(value) for name, value in vars(args).items() if name not in ("model", "out", "device", "workers", "save_every")}
+    free = ("model", "out", "device", "workers", "save_every", "checkpoint_activations")  # a run may go on with others of these
+    run = {name: str(value) for name, value in vars(args).items() if name not in free}
     run |= {"model": str(source.resolve()), "data": hashlib.sha256(args.data.read_bytes()).hexdigest()}
     if state_file.is_file():
         try:

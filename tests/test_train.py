@@ -128,6 +128,54 @@ def test_a_stage_trains_its_modules_and_no_other(monkeypatch, data, tmp_path, st
     Llava.from_pretrained(tmp_path)
 
 
+def forward_pass(model, autocast, ids, pixels):
+    """The loss of a forward pass, and how many bytes it saves for its backward pass, the model's own weights not counted."""
+    weights, saved = {parameter.data_ptr() for parameter in model.parameters()}, {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with autocast, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(ids, pixels, labels=ids).loss
+    return loss, sum(saved.values())
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checkpointed_activations_are_fewer_and_change_nothing(stage, dtype):
+    results, sizes = [], []
+    for checkpointed in (False, True):
+        model = Llava.from_pretrained(TINY)
+        parameters, _, autocast = train.prepare(model, stage, dtype, checkpointed)
+        ids, pixels = torch.tensor([[model.config.image_id, *range(5, 40)]] * 2), torch.ones(2, 3, 112, 112)
+        loss, size = forward_pass(model, autocast, ids, pixels)
+        loss.backward()
+        results.append([loss.detach(), *(parameter.grad for parameter in parameters)])
+        sizes.append(size)
+    assert all(torch.equal(with_all, recomputed) and with_all.isfinite().all() for with_all, recomputed in zip(*results, strict=True))
+    assert sizes[1] < sizes[0] / 3
+
+
+@pytest.mark.parametrize("options, expected", [([], False), (["--checkpoint-activations"], True), (["--no-checkpoint-activations"], False)])
+@pytest.mark.parametrize("large", [False, True])
+def test_activations_are_checkpointed_when_asked_for_or_the_model_is_large(options, expected, large, monkeypatch, data, tmp_path):
+    class Asked(Exception):
+        pass
+
+    def prepare(model, stage, dtype, checkpoint_activations):
+        assert checkpoint_activations == (expected or large and not options)
+        raise Asked
+
+    monkeypatch.setattr(train, "prepare", prepare)
+    if large:
+        monkeypatch.setattr(train, "LARGE", 3e6)  # the bundled model has 3.1 million
+    with pytest.raises(Asked):
+        run(monkeypatch, data, tmp_path / "out", *options)
+
+
 def test_accumulated_batches_equal_one_large_batch(monkeypatch, data, tmp_path):
     """On records that are all alike, so that every batch is: then the steps must be the same."""
     alike = json.loads((data / "instruct.json").read_text())[:1] * 12
