@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.__main__ import Worker, as_markdown, count_weights, in_turn
 from bench.limits import decode_bytes, prefill_operations
+from bench.memory import training_memory
 from bench.shapes import write_configs
 from config import LlavaConfig
 from llava import Llava
+from tests.test_train import forward_pass
+from train import prepare
 
 
 @pytest.mark.parametrize("pictures, words", [(1, 20), (0, 200)])
@@ -28,6 +32,30 @@ def test_the_least_operations_of_a_prefill_are_what_pytorch_counts(pictures, wor
     half = 4 * (tokens * (tokens - 1) / 2) * (text.num_hidden_layers - 1) * text.num_attention_heads * text.head_dim
     expected = prefill_operations(config, count_weights(config), pictures, 0, tokens)
     assert counter.get_total_flops() == pytest.approx(expected + half, rel=0.01)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("width, layers", [(192, 4), (256, 3)])
+def test_the_memory_of_training_without_memory_is_that_with_it(width, layers, stage, checkpointed):
+    """What a forward pass saves, to the byte, when the whole step is run on tensors that have none."""
+    config, rows, tokens = LlavaConfig.from_pretrained("tiny/llava"), 2, 100
+    text = replace(
+        config.text, hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 32, num_key_value_heads=width // 32
+    )
+    config = replace(config, text=text)
+    held, saved, peak = training_memory(config, stage, checkpointed, rows, tokens)
+
+    ids = torch.tensor([[config.image_id] * 64 + [5] * (tokens - 64)] * rows)
+    model = Llava(config).requires_grad_(False).bfloat16()
+    parameters, _, autocast = prepare(model, stage, torch.bfloat16, checkpointed)
+    trained, frozen = sum(parameter.numel() for parameter in parameters), sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    pixels = torch.ones(rows, 3, 112, 112)
+    assert held - 16 * trained - 2 * frozen == ids.nbytes + pixels.nbytes + 4 * len(parameters)  # AdamW counts steps in 4 bytes each
+    loss, expected = forward_pass(model, autocast, ids, pixels)
+    expected += loss.nbytes - ids.nbytes * (stage == 2)  # the word embeddings' gradient needs the ids, held already
+    expected += 2 * ids.numel() * text.head_dim * (2 * stage) * checkpointed  # RoPE's tables wait, in the blocks' type, unsaved
+    assert saved == expected and peak > held + saved
 
 
 def test_what_a_decode_step_reads_of_the_7b(tmp_path):

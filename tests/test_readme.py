@@ -11,6 +11,9 @@ from random import Random
 import pytest
 from safetensors.torch import load_file
 
+from bench.memory import training_memory
+from bench.shapes import write_configs
+from llava import LlavaConfig
 from tiny.grade import as_markdown
 from tiny.world import QUESTIONS, example, make_scene
 
@@ -88,3 +91,13 @@ def test_requirements_are_the_packages_that_the_readme_names():
 def test_accuracy_tables_are_the_recorded_ones():
     for name, rows in json.loads(Path("tiny/accuracy.json").read_text()).items():
         assert as_markdown(name, rows) in README
+
+
+def test_the_memory_of_training_is_what_its_table_says(tmp_path):
+    write_configs("7b", tmp_path)
+    held, _, peak = training_memory(LlavaConfig.from_pretrained(tmp_path), stage=2, checkpointed=True, rows=8, tokens=640)
+    rows = [
+        [cell.strip() for cell in row.split("|")[1:-1]] for row in README.splitlines() if row.startswith(("| peak", "| 7B, stage 2, ch"))
+    ]
+    columns = dict(zip(*rows, strict=True))
+    assert (columns["held"], columns["8 × 640"]) == (f"{held / 1e9:.0f}", f"{peak / 1e9:.0f}")
