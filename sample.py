@@ -99,8 +99,8 @@ def load(args, pictures):
     tokens = min(most, pictures * config.features_per_image + len(args.question or "") + args.max_new_tokens)
     caches = f"{size(token * tokens)} of cache for {tokens} tokens" + f", {size(token * most)} for {most} at the end of a chat" * args.chat
     print(
-        f"{args.model or 'tiny/llava, which knows drawn shapes only'}: {parameters / 1e6:,.1f} M parameters on {device} in {str(dtype)[6:]}, "
-        f"{size(weights)} of weights and {caches}",
+        f"{args.model or 'tiny/llava, which knows drawn shapes only'}: {parameters / 1e6:,.1f} M parameters "
+        f"on {device} in {str(dtype)[6:]}, {size(weights)} of weights and {caches}",
         file=sys.stderr,
     )
     free, needed = free_memory(device), weights + token * tokens

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from bench.memory import training_memory
 from bench.shapes import write_configs
-from llava import LlavaConfig
+from config import LlavaConfig
 from tiny.grade import as_markdown
 from tiny.world import QUESTIONS, example, make_scene
 
