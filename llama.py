@@ -191,23 +191,18 @@ class Llama(nn.Module):
         config, (B, T, _) = self.config, x.shape
         plain = maps is None and is_plain(T, attention_mask, cache, config.sliding_window)
         real = x.new_ones(B, T, dtype=torch.bool) if attention_mask is None else attention_mask
-        if cache is not None:
+        if cache is None:
+            slots, counted = torch.arange(T, device=x.device), (real.cumsum(1) - 1).clamp(min=0)
+        else:
             slots, counted = cache.take(real)
             real = cache.real
-        else:
-            slots, counted = torch.arange(T, device=x.device), (real.cumsum(1) - 1).clamp(min=0)
-        # Both are made once, for all blocks. A mask is added to the scores: 0 where a query may look, −∞ where it may not.
-        mask = (
-            None
-            if plain
-            else torch.zeros((), dtype=x.dtype, device=x.device).where(visible(real, slots, config.sliding_window), -torch.inf)
-        )
+        # Mask and angles are made once, for all blocks. A mask is added to the scores: 0 where a query may look, else −∞.
+        mask = None if plain else x.new_zeros(()).where(visible(real, slots, config.sliding_window), -torch.inf)  # (B, 1, T, S)
         if cache is not None and positions is None:
-            rope = [table[0, 0, counted].unsqueeze(1) for table in cache.rope]
+            rope = [table[0, 0, counted].unsqueeze(1) for table in cache.rope]  # (B, 1, T, E), looked up
         else:
-            rope = [
-                table.to(x.dtype) for table in rope_table(counted if positions is None else positions, config.head_dim, config.rope_theta)
-            ]
+            tables = rope_table(counted if positions is None else positions, config.head_dim, config.rope_theta)
+            rope = [table.to(x.dtype) for table in tables]
 
         for i, block in enumerate(self.layers):
             if states is not None:
@@ -223,12 +218,12 @@ class Llama(nn.Module):
 def is_plain(T, attention_mask, cache, window):
     """Whether T new tokens need no mask but the causal one, among themselves: what the fused kernels are best at.
 
-    | the tokens come       | because                                                  |
+    | the tokens come       | plain?                                                   |
     |-----------------------|----------------------------------------------------------|
-    | after others          | no: they see the cached ones too                         |
+    | beyond the window     | no: the first of them must be hidden from the last       |
     | with padding          | no: it must be hidden                                    |
-    | in a window that ends | no: the first ones must be hidden from the last          |
-    | one by one            | no: to ask whether the cache is empty or the token real would make the host wait at every step |
+    | after others          | no: they see the cached ones too                         |
+    | one at a time         | no: to ask if others came before would stop the host     |
     | otherwise             | yes                                                      |
     """
     if window is not None and T > window:

@@ -20,10 +20,8 @@ from checkpoint import checkpoint_folder, fill, read_headers
 from clip import CLIPVision
 from config import LlavaConfig
 from generate import check_options, sample, steps
+from inputs import IGNORED, prepare, room
 from llama import KVCache, Llama
-from tokenizer import expand_images
-
-IGNORED = -100  # a label that the loss leaves out
 
 
 class Projector(nn.Module):
@@ -108,9 +106,9 @@ class Llava(nn.Module):
         cache: a KVCache with room for T more tokens; they are added to it and see what it holds.
         Raises ValueError where counts or shapes do not fit.
         """
-        ids, embeds, mask, labels, positions = self._check(
-            input_ids, pixel_values, attention_mask, positions, inputs_embeds, labels, cache
-        )  # fmt: skip
+        ids, embeds, mask, positions, labels = prepare(
+            self.config, self.device, self.dtype, input_ids, pixel_values, attention_mask, positions, inputs_embeds, labels, cache
+        )
         features, states, maps = None, [] if output_hidden_states else None, [] if output_attentions else None
 
         if embeds is None:
@@ -147,14 +145,14 @@ class Llava(nn.Module):
         check_options(max_new_tokens, temperature, top_k, top_p, seed)
         eos = torch.tensor(self.config.eos_ids if eos_ids is None else list(eos_ids), dtype=torch.long, device=self.device)
         random = None if seed is None else torch.Generator(self.device).manual_seed(seed)
-        ids, _, mask, _, _ = self._check(input_ids, pixel_values, attention_mask, cache=cache)
+        ids, _, mask, *_ = prepare(self.config, self.device, self.dtype, input_ids, pixel_values, attention_mask, cache=cache)
         B, T = ids.shape
-        room = self._room(cache) - T
-        if room < 1:
+        left = room(self.config, cache) - T
+        if left < 1:
             raise ValueError(f"a prompt of {T} tokens leaves no room for an answer; shorten it or use a longer cache")
         if mask is not None and not mask[:, -1].all():
             raise ValueError("attention_mask ends in padding; a batch is padded on the left, so that every row ends in its last token")
-        count = min(max_new_tokens, room)
+        count = min(max_new_tokens, left)
         if cache is None:
             cache = KVCache(self.config.text, B, T + count, self.device, self.dtype)
         with torch.no_grad():
@@ -168,75 +166,6 @@ class Llava(nn.Module):
     @property
     def dtype(self):
         return self.language_model.norm.weight.dtype
-
-    def _check(self, ids, pixels, mask, positions=None, embeds=None, labels=None, cache=None):
-        """What goes into a forward pass, checked and on the model's device, each `<image>` expanded: ids or embeds, mask,
-        labels, positions. Raises ValueError for whatever does not fit."""
-        vocabulary, P = self.config.text.vocab_size, self.config.features_per_image
-        if (ids is None) == (embeds is None):
-            raise ValueError("give input_ids or inputs_embeds, one of the two")
-        if labels is not None:
-            _check_ids("labels", labels[labels != IGNORED], vocabulary)
-        if embeds is not None:
-            if pixels is not None:
-                raise ValueError("inputs_embeds hold their pictures already; give pixel_values with input_ids only")
-            if embeds.ndim != 3 or embeds.shape[-1] != self.config.text.hidden_size:
-                raise ValueError(f"inputs_embeds are {tuple(embeds.shape)}; expected (B, T, {self.config.text.hidden_size})")
-            shape, embeds = embeds.shape[:2], embeds.to(self.device, self.dtype)
-        else:
-            if ids.ndim != 2 or not ids.numel():
-                raise ValueError(f"input_ids are {tuple(ids.shape)}; expected (B, T), with at least one token")
-            _check_shapes(ids.shape, attention_mask=mask, labels=labels)
-            _check_ids("input_ids", ids, vocabulary)
-            tokens, pictures = int((ids == self.config.image_id).sum()), 0 if pixels is None else len(pixels)
-            if tokens not in (pictures, pictures * P):
-                raise ValueError(
-                    f"the prompt has {tokens} <image> tokens for {pictures} pictures; "
-                    f"expected one each ({pictures}), or one for each of their {pictures} × {P} = {pictures * P} features"
-                )
-            if tokens < pictures * P:
-                ids, mask, labels = self._expand(ids, mask, labels)
-            shape, ids = ids.shape, ids.to(self.device)
-        _check_shapes(shape, attention_mask=mask, labels=labels, positions=positions)
-        if cache is not None and (cache.batch_size, cache.dtype) != (shape[0], self.dtype):
-            here = f"the batch has {shape[0]} rows and the model is in {self.dtype}"
-            raise ValueError(f"the cache is for {cache.batch_size} rows in {cache.dtype}; {here}")
-        if shape[1] > self._room(cache):
-            full = cache is not None and cache.max_length < self.config.text.max_position_embeddings
-            limit = (
-                f"the cache's max_length of {cache.max_length}"
-                if full
-                else f"the model's max_position_embeddings of {self.config.text.max_position_embeddings}"
-            )
-            before = f" after {int(cache.length)} in the cache" if cache is not None and cache.length else ""
-            raise ValueError(f"{shape[1]} tokens{before} do not fit {limit}; shorten the prompt, use fewer pictures or start a new chat")
-        mask = None if mask is None else mask.to(self.device, torch.bool)
-        labels, positions = (None if rows is None else rows.to(self.device, torch.long) for rows in (labels, positions))
-        return ids, embeds, mask, labels, positions
-
-    def _expand(self, ids, mask, labels):
-        """Each `<image>` id (B, T) as many times as it has features, mask and labels with it, the rows padded on the left again.
-
-        Where a row with a picture had been the shorter one, its old padding has become needless: what is padding in all rows
-        is left away.
-        """
-        given, P = ids.tolist(), self.config.features_per_image
-        mask = torch.ones_like(ids) if mask is None else mask
-        width = max(len(expand_images(row, self.config.image_id, P)) for row in given)
-
-        def stretch(values, padding):
-            rows = (torch.tensor(expand_images(row, self.config.image_id, P, of_row)) for row, of_row in zip(given, values.tolist()))
-            return torch.stack([F.pad(row, (width - len(row), 0), value=padding) for row in rows])
-
-        mask = stretch(mask, 0)
-        start = int(mask.any(0).int().argmax())
-        ids, labels = stretch(ids, self.config.pad_id), None if labels is None else stretch(labels, IGNORED)
-        return ids[:, start:], mask[:, start:], None if labels is None else labels[:, start:]
-
-    def _room(self, cache):
-        """How many tokens fit the context, or what is left of the cache."""
-        limit = self.config.text.max_position_embeddings
-        return limit if cache is None else min(limit, cache.max_length) - int(cache.length)
 
     @classmethod
     def from_pretrained(cls, folder_or_hub_name, device="cpu", dtype=None):
@@ -262,14 +191,3 @@ def next_token_loss(logits, labels):
     """The mean cross-entropy of each next token (LLaVA, equation 3): the logits at t (B, T, vocabulary) predict the label at
     t + 1 (B, T), where that is not −100."""
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED)
-
-
-def _check_shapes(shape, **values):
-    for name, value in values.items():
-        if value is not None and value.shape != shape:
-            raise ValueError(f"{name} is {tuple(value.shape)}; expected {tuple(shape)}, one for each new token")
-
-
-def _check_ids(name, ids, vocabulary):
-    if ids.numel() and not 0 <= ids.min() <= ids.max() < vocabulary:
-        raise ValueError(f"{name} run from {ids.min()} to {ids.max()}; the vocabulary has {vocabulary} rows")

@@ -30,7 +30,8 @@ from tqdm import tqdm
 from checkpoint import checkpoint_folder, read_headers, save_checkpoint
 from device import choose_device
 from images import ImageProcessor, open_image
-from llava import IGNORED, Llava
+from inputs import IGNORED
+from llava import Llava
 from tokenizer import STYLES, Tokenizer, chat_prompt, expand_images
 
 LARGE = 100e6  # parameters of a model above which activations are checkpointed by default

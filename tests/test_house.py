@@ -9,7 +9,8 @@ ALONE = ("images", "tokenizer", "clip", "llama", "checkpoint", "device", "marks"
 MAY = {name: set() for name in ALONE} | {
     "config": {"clip", "llama", "checkpoint"},
     "generate": {"llama"},
-    "llava": {"clip", "llama", "tokenizer", "config", "checkpoint", "generate"},
+    "inputs": {"tokenizer"},
+    "llava": {"clip", "llama", "config", "checkpoint", "generate", "inputs"},
     "chat": {"llava", "images", "tokenizer", "llama", "checkpoint", "generate"},
 }
 ABOVE = {"sample", "train", "lessons", "bench", "tiny"}  # nothing that the model is made of imports these
