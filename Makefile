@@ -11,6 +11,11 @@ exercise: .venv/installed        # make exercise N=1
 
 # Everything below is for those who change the project; nothing above needs it.
 
+check: .venv/installed           # style; `.venv/bin/ruff format .` mends most of it
+	.venv/bin/pip install --quiet --disable-pip-version-check ruff==0.17.6
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
 parity: .venv/installed          # live, against transformers
 	.venv/bin/pip install --quiet transformers==5.23.0
 	.venv/bin/python -m tests.parity
@@ -52,4 +57,4 @@ tiny/build/llava/model.safetensors: | tiny/build/tuned/model.safetensors tiny/mo
 	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -r .venv-oldest/requirements.txt
 	touch $@
 
-.PHONY: sample test exercise parity oldest tiny
+.PHONY: sample test exercise check parity oldest tiny
