@@ -8,13 +8,11 @@ import torch
 from PIL import Image
 
 from checkpoint import checkpoint_folder
-from generate import check_options
+from generate import cache_length, check_options
 from images import ImageProcessor
 from llama import KVCache
 from llava import Llava
 from tokenizer import SPECIAL_LITERALS, STYLES, Tokenizer, chat_prompt, expand_images, stop_at
-
-ROOM = 256  # slots by which a chat's cache grows: a step attends to empty ones too, and a cache that moves is captured again
 
 
 class Chat:
@@ -83,12 +81,15 @@ class Chat:
         uncached = pictures[len(pictures) - new.count(config.image_id) // P :]
         pixels = self.processor(uncached, pad=self.pad) if uncached else None
 
-        wanted = len(prompt) + max_new_tokens
-        wanted = min(wanted + -wanted % ROOM, config.text.max_position_embeddings)
+        wanted = cache_length(config, len(prompt) + max_new_tokens)
         if self._cache is None:
             self._cache = KVCache(config.text, 1, wanted, model.device, model.dtype)
-        elif wanted > self._cache.max_length:
-            self._cache.grow(wanted)
+        elif wanted > self._cache.max_length:  # at least doubled, so that a long chat moves it only a few times
+            try:
+                self._cache.grow(max(wanted, cache_length(config, 2 * self._cache.max_length)))
+            except RuntimeError:  # out of memory, half way: the conversation stays, and is read anew next time
+                self._cache, self._cached = None, []
+                raise
         self._cache.truncate(kept)
         self._cached = prompt[:kept]
         ids = model.generate(torch.tensor([new]), pixels, None, max_new_tokens, temperature, top_k, top_p, seed, cache=self._cache)

@@ -84,6 +84,23 @@ class Block(nn.Module):
         return x
 
 
+class PatchEmbedding(nn.Module):
+    """One linear map for all patches: the C · p · p numbers of each become D. (N, C, S, S) -> (N, P, D)
+
+    Checkpoints store it as a convolution whose stride is its kernel size, which is the same. Written as a product it is also
+    computed in the type that it is in: convolutions in float32 are rounded to 10 bits by default on recent GPUs (TF32).
+    """
+
+    def __init__(self, channels, width, size):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, channels, size, size))
+
+    def forward(self, pixel_values):
+        size = self.weight.shape[-1]
+        patches = F.unfold(pixel_values.to(self.weight), size, stride=size).transpose(1, 2)  # (N, P, C · p · p)
+        return patches @ self.weight.flatten(1).T
+
+
 class CLIPVision(nn.Module):
     """The vision transformer. Call it as `tower(pixel_values, layers)`."""
 
@@ -92,8 +109,7 @@ class CLIPVision(nn.Module):
         self.config = config
         D = config.hidden_size
         self.class_embedding = nn.Parameter(torch.empty(D))
-        # A convolution whose stride is its kernel size is one linear map, applied to each patch.
-        self.patch_embedding = nn.Conv2d(config.num_channels, D, config.patch_size, config.patch_size, bias=False)
+        self.patch_embedding = PatchEmbedding(config.num_channels, D, config.patch_size)
         # Empty, to be filled: nn.Embedding's own filling imports PyTorch's compiler first when it is on the meta device.
         self.position_embedding = nn.Embedding.from_pretrained(torch.empty(config.num_patches + 1, D), freeze=False)
         self.pre_layrnorm = nn.LayerNorm(D, eps=config.layer_norm_eps)  # the checkpoints' own spelling
@@ -118,7 +134,7 @@ class CLIPVision(nn.Module):
             raise ValueError(f"vision layer {bad[0]} does not exist: the tower has hidden states 0 to {depth}, or -{depth + 1} to -1")
         wanted = [k % (depth + 1) for k in layers]
 
-        x = self.patch_embedding(pixel_values.to(self.patch_embedding.weight)).flatten(2).transpose(1, 2)  # (N, P, D)
+        x = self.patch_embedding(pixel_values)  # (N, P, D)
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1)  # (N, P+1, D)
         x = self.pre_layrnorm(x + self.position_embedding.weight)
         states = [x]

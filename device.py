@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 SMALL = 100e6  # parameters: below this 16 bits save nothing that one would notice
+WORKSPACE = 1e9  # bytes that a GPU should have left for its libraries and for what a pass computes on the way (an estimate)
 
 
 def choose_device(name):
@@ -28,9 +29,10 @@ def choose_dtype(device, parameters):
     """The type that is fast: 16 bits for a large model, bfloat16 where the hardware multiplies it, never float16 on a CPU."""
     if parameters < SMALL:
         return torch.float32
-    if device.startswith("cuda"):
+    kind = torch.device(device).type
+    if kind == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    if device == "mps":
+    if kind == "mps":
         return torch.float16
     info = Path("/proc/cpuinfo")  # absent where the system is not Linux: such a CPU gets float32
     flags = info.read_text().split() if info.exists() else ()
@@ -39,9 +41,10 @@ def choose_dtype(device, parameters):
 
 def free_memory(device):
     """Bytes that the device can still give, or None where the system does not say."""
-    if device.startswith("cuda"):
+    kind = torch.device(device).type
+    if kind == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    if device == "mps":
+    if kind == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
     info = Path("/proc/meminfo")
     lines = info.read_text().splitlines() if info.exists() else ()

@@ -82,6 +82,11 @@ def sample(logits, temperature, top_k, top_p, random):
     return (probabilities / torch.empty_like(probabilities).exponential_(generator=random)).argmax(-1)
 
 
+def cache_length(config, tokens):
+    """The size of a cache for so many tokens: rounded up, so that few sizes occur. Each size is compiled or captured anew."""
+    return min(tokens + -tokens % 256, config.text.max_position_embeddings)
+
+
 @torch.no_grad()
 def steps(model, x, mask, cache, count, choose, eos):
     """The loop: the last hidden state gives a token, whose embedding goes in again. Yields (B,) ids on the host, for each of
@@ -101,6 +106,8 @@ def steps(model, x, mask, cache, count, choose, eos):
 def launch(model, x, mask, cache, count, choose, eos):
     """Start the steps one after the other; of each its tokens, and which rows go on, on their way to the host."""
     alive = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    if cache.graph is not None and cache.graph.of != weights_of(model):
+        cache.graph = None  # it would replay another step, or these weights where they were before
     x = model.language_model(x, mask, cache=cache, last=True)  # (B, 1, D): only the last position needs logits
     logits = model.language_model.lm_head(x[:, -1])  # (B, vocabulary)
     if not logits.isfinite().all():
@@ -110,7 +117,7 @@ def launch(model, x, mask, cache, count, choose, eos):
         alive = alive & ~torch.isin(token, eos)
         yield OnItsWay(token), OnItsWay(alive)
         if left:
-            logits = run_step(model.decode_step, token, alive, cache)
+            logits = run_step(model, token, alive, cache)
 
 
 class OnItsWay:
@@ -142,16 +149,16 @@ def one_behind(items):
         yield previous
 
 
-def run_step(step, token, alive, cache):
-    """step(token, alive, cache), in the form that is fastest where the cache lies."""
+def run_step(model, token, alive, cache):
+    """model.decode_step(token, alive, cache), in the form that is fastest where the cache lies."""
     if token.is_cuda:
-        if cache.graph is None or cache.graph.step != step:
-            cache.graph = Graph(step, token, alive, cache)
+        if cache.graph is None:
+            cache.graph = Graph(model, token, alive, cache)
         return cache.graph(token, alive)
     if token.device.type == "cpu" and cache.dtype == torch.bfloat16:
         with FastBfloat16(rows=len(token)):
-            return step(token, alive, cache)
-    return step(token, alive, cache)
+            return model.decode_step(token, alive, cache)
+    return model.decode_step(token, alive, cache)
 
 
 class FastBfloat16(TorchFunctionMode):
@@ -181,10 +188,17 @@ class FastBfloat16(TorchFunctionMode):
 def compiled(model):
     """The model's decode step through torch.compile: seconds to a minute at the first token of each size of cache, then faster.
 
-    Fused kernels for what lies between the matrix products; on a CPU, what calls them is C++ too.
+    Fused kernels for what lies between the matrix products; on a CPU, what calls them is C++ too, and on CUDA the products of
+    a single row are tuned (`coordinate_descent_tuning`), without which they go to a library that is made for many rows.
     """
-    options = {"cpp_wrapper": True} if model.device.type == "cpu" else {}
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # a form for each size of cache; 8 by default
+    options = {"cpp_wrapper": True} if model.device.type == "cpu" else {"coordinate_descent_tuning": True}
     return torch.compile(model.decode_step, fullgraph=True, dynamic=False, options=options)
+
+
+def weights_of(model):
+    """What a captured step depends on: the step itself, and where its weights lie."""
+    return model.decode_step, [parameter.data_ptr() for parameter in model.language_model.parameters()]
 
 
 class Graph:
@@ -193,21 +207,21 @@ class Graph:
     The graph reads and writes fixed addresses, so it belongs to one cache, and every turn and prompt in that cache replays it.
     """
 
-    def __init__(self, step, token, alive, cache):
-        self.step, self.token, self.alive = step, token.clone(), alive.clone()
+    def __init__(self, model, token, alive, cache):
+        self.of, self.token, self.alive = weights_of(model), token.clone(), alive.clone()
         length, real = cache.length.clone(), cache.real.clone()
         with torch.cuda.device(token.device):
             # A first run outside the graph, on a stream of its own: libraries set themselves up, torch.compile compiles.
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                step(self.token, self.alive, cache)
+                model.decode_step(self.token, self.alive, cache)
             torch.cuda.current_stream().wait_stream(stream)
             cache.length.copy_(length), cache.real.copy_(real)  # as if it had not been; its slot is written again
             self.graph = torch.cuda.CUDAGraph()
             # On this stream, which is on this device: without one PyTorch would take the stream of the process's first capture.
             with torch.cuda.graph(self.graph, stream=stream):  # recorded, not run
-                self.logits = step(self.token, self.alive, cache)
+                self.logits = model.decode_step(self.token, self.alive, cache)
 
     def __call__(self, token, alive):
         self.token.copy_(token)

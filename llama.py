@@ -46,6 +46,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
+        if x.device.type != "cpu":  # the same in one kernel instead of eight; on a CPU it would be the slower form
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         x32 = x.float()
         x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * x32.to(x.dtype)
@@ -99,7 +101,7 @@ class Attention(nn.Module):
         if write is not None:
             stored = write(k, v)  # (B, K, S, E) each: all slots of the cache, the new tokens' included
             if mask is not None:  # without one the new tokens are all there is to see: the other slots are empty
-                k, v = stored
+                k, v = (slots[:, :, : mask.shape[-1]] for slots in stored)
         if last:
             q, mask = q[:, :, -1:], None if mask is None else mask[:, :, -1:]
         if maps is None:
@@ -118,7 +120,9 @@ def attention(q, k, v, mask):
     """
     groups, T = q.shape[1] // k.shape[1], q.shape[2]
     if mask is None or groups == 1:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=True)
+        if groups > 1 and q.is_cuda and (q.dtype == torch.float32 or torch.cuda.get_device_capability(q.device) < (8, 0)):
+            k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))  # without flash attention, sharing means the slow kernel
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=k.shape[1] < q.shape[1])
     q = q.unflatten(1, (-1, groups)).flatten(2, 3)  # (B, K, H / K · T, E)
     if T > 1:
         mask = mask.repeat(1, 1, groups, 1)
@@ -195,7 +199,7 @@ class Llama(nn.Module):
             slots, counted = torch.arange(T, device=x.device), (real.cumsum(1) - 1).clamp(min=0)
         else:
             slots, counted = cache.take(real)
-            real = cache.real
+            real = cache.real[:, : cache.extent()]
         # Mask and angles are made once, for all blocks. A mask is added to the scores: 0 where a query may look, else −∞.
         mask = None if plain else x.new_zeros(()).where(visible(real, slots, config.sliding_window), -torch.inf)  # (B, 1, T, S)
         if cache is not None and positions is None:
@@ -295,6 +299,12 @@ class KVCache:
         self.length += attention_mask.shape[1]
         return slots, positions.clamp(min=0)
 
+    def extent(self):
+        """How many slots attention looks at: on a CPU those that are taken; elsewhere all, as to ask for the length would make
+        the host wait, and a step that is captured or compiled has fixed shapes."""
+        fixed = self.real.device.type != "cpu" or torch.compiler.is_compiling()
+        return self.max_length if fixed else int(self.length)
+
     def write(self, layer, slots, keys, values):
         """Put keys and values (B, K, T, E) of one layer into their slots; returns that layer's whole (B, K, S, E)."""
         self.keys[layer].index_copy_(2, slots, keys)
@@ -313,7 +323,9 @@ class KVCache:
         extra = max_length - self.max_length
         if extra < 0:
             raise ValueError(f"cannot grow a cache of {self.max_length} slots to {max_length}")
-        self.keys, self.values = ([F.pad(stored, (0, 0, 0, extra)) for stored in of_layers] for of_layers in (self.keys, self.values))
+        for of_layers in (self.keys, self.values):
+            for i, stored in enumerate(of_layers):  # one by one: never two whole caches at once
+                of_layers[i] = F.pad(stored, (0, 0, 0, extra))
         self.real = F.pad(self.real, (0, extra))
         self.rope = self._rope_table()
         self.graph = None

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from checkpoint import checkpoint_folder, fill, read_headers
 from clip import CLIPVision
 from config import LlavaConfig
-from generate import check_options, sample, steps
+from generate import cache_length, check_options, sample, steps
 from inputs import IGNORED, prepare, room
 from llama import KVCache, Llama
 
@@ -138,7 +138,7 @@ class Llava(nn.Module):
         temperature 0 takes the likeliest token; above 0 it divides the logits and a token is drawn, from the top_k
             likeliest and from the fewest whose probabilities reach top_p, if given. seed makes the draws repeatable.
         eos_ids: ids that end a row, the ended row then yields pad_id; None: the checkpoint's; (): none.
-        cache: continue what it holds. By default one is made, of just the length needed.
+        cache: continue what it holds. By default one is made, of the length needed.
         Ends after max_new_tokens, when every row has ended, or where the context or the cache is full.
         Raises ValueError at once, not at the first step.
         """
@@ -154,7 +154,7 @@ class Llava(nn.Module):
             raise ValueError("attention_mask ends in padding; a batch is padded on the left, so that every row ends in its last token")
         count = min(max_new_tokens, left)
         if cache is None:
-            cache = KVCache(self.config.text, B, T + count, self.device, self.dtype)
+            cache = KVCache(self.config.text, B, cache_length(self.config, T + count), self.device, self.dtype)
         with torch.no_grad():
             x, _ = self.embed(ids, pixel_values)
         return steps(self, x, mask, cache, count, lambda logits: sample(logits, temperature, top_k, top_p, random), eos)
@@ -179,6 +179,9 @@ class Llava(nn.Module):
         config = config.as_stored(stored)
         if config.text.tie_word_embeddings:
             stored.pop("language_model.lm_head.weight", None)
+        if torch.device(device).type == "cuda":
+            # On Hopper it would be the first choice, and plan anew for each length of a prompt and a cache.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         with torch.device("meta"):  # shapes without memory; each weight is then read straight to where it stays
             model = cls(config)
         fill(model, stored, device, dtype)

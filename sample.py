@@ -21,7 +21,7 @@ from PIL import Image
 from chat import Chat
 from checkpoint import checkpoint_folder
 from config import LlavaConfig
-from device import choose_device, choose_dtype, free_memory
+from device import WORKSPACE, choose_device, choose_dtype, free_memory
 from generate import compiled
 from images import open_image
 from llava import Llava
@@ -79,6 +79,17 @@ def fail(message):
     sys.exit(2)
 
 
+def advice(error):
+    """What to do about an error of PyTorch's that comes from what this machine has or lacks; any other is raised again."""
+    text = str(error)
+    if "C++ compiler" in text or "C compiler" in text:  # the CPU's compiler, and Triton's for a GPU
+        return "--compile needs a C++ compiler (g++, clang++), on a GPU a C compiler (gcc), and there is none; leave it out"
+    # A GPU's torch.OutOfMemoryError and the CPU allocator's are RuntimeErrors; cuBLAS has words of its own.
+    if isinstance(error, MemoryError) or "memory" in text or "ALLOC_FAILED" in text:
+        return "the device ran out of memory; use a 16-bit --dtype, fewer pictures or --device cpu"
+    raise error
+
+
 def size(bytes):
     return f"{bytes / 1e9:.1f} GB" if bytes >= 1e9 else f"{bytes / 1e6:.1f} MB"
 
@@ -103,7 +114,7 @@ def load(args, pictures):
         f"on {device} in {str(dtype)[6:]}, {size(weights)} of weights and {caches}",
         file=sys.stderr,
     )
-    free, needed = free_memory(device), weights + token * tokens
+    free, needed = free_memory(device), weights + token * tokens + (WORKSPACE if device.startswith("cuda") else 0)
     if free is not None and needed > free:
         if weights < free:
             hint = "use a smaller --max-new-tokens"
@@ -175,6 +186,9 @@ def converse(chat, args, images, marks):
             except (ValueError, OSError) as error:
                 print(f"sample.py: {error}", file=sys.stderr)
                 status = 2
+            except (RuntimeError, MemoryError) as error:
+                print(f"sample.py: {advice(error)}; or ask something shorter", file=sys.stderr)
+                status = 2
         question = None
 
 
@@ -216,12 +230,8 @@ def run(parser, use):
             sys.stderr.close()
             sys.exit(0)
         fail(error)
-    except (RuntimeError, MemoryError) as error:  # a GPU's torch.OutOfMemoryError and the CPU allocator's are RuntimeErrors
-        if "C++ compiler" in str(error):
-            fail("--compile needs a C++ compiler (g++, clang++) on a CPU, and there is none; leave it out")
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
-        fail("the device ran out of memory; use a 16-bit --dtype, fewer pictures or --device cpu")
+    except (RuntimeError, MemoryError) as error:
+        fail(advice(error))
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(0 if args.chat else 130)

@@ -25,7 +25,7 @@ PICTURE = "tiny/example.png"
 
 def test_the_trace_goes_from_the_picture_to_the_first_word(chat):
     rows = {name: (shape, kind) for name, shape, kind, _, _ in trace(chat, "How many things are there?", [open_image(PICTURE)])}
-    assert rows["pixels"] == ("(1, 3, 112, 112)", "float32") and rows["patches"][0] == "(1, 128, 8, 8)"
+    assert rows["pixels"] == ("(1, 3, 112, 112)", "float32") and rows["patches"][0] == "(1, 64, 128)"
     assert rows["CLIP states 4"][0] == "(1, 65, 128)" and "CLIP states 5" not in rows  # layer −2 is read, the last not run
     assert rows["image features"][0] == "(1, 64, 192)" and rows["logits"][0] == "(1, 512)"
     first = next(chat.ask("How many things are there?", [open_image(PICTURE)]))

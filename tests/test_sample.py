@@ -12,6 +12,7 @@ from PIL import Image
 
 from chat import Chat
 from images import open_image
+from llama import KVCache
 from marks import draw_marks, parse_mark
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -218,7 +219,15 @@ def test_a_device_with_too_little_memory_is_an_error_before_loading(monkeypatch,
     assert "1.0 MB free" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("can't allocate memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
 def test_out_of_memory_in_the_middle(error, monkeypatch, capsys):
     import sample as module
 
@@ -255,3 +264,39 @@ def test_ctrl_c_leaves_a_chat_cleanly():
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 0 and b"Traceback" not in err
+
+
+def test_a_chat_goes_on_when_memory_runs_out(monkeypatch, capsys):
+    """One question is too much; the next ones are answered as if it had not been asked."""
+    import sample as module
+
+    chat, asked = Chat.from_pretrained("tiny/llava", dtype=torch.float32), []
+    grow = KVCache.grow
+
+    def too_much(cache, length):
+        if not asked:
+            asked.append(length)
+            cache.keys[0] = cache.keys[0][:, :, :1]  # half way
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        grow(cache, length)
+
+    monkeypatch.setattr(KVCache, "grow", too_much)
+    questions = iter(["Where is the square?", "Where is the star?"])
+    monkeypatch.setattr("builtins.input", lambda: next(questions, None) or (_ for _ in ()).throw(EOFError))
+    args = module.argument_parser("sample.py", "").parse_args(["--chat", "--max-new-tokens", "100", "Describe the picture."])
+    chat_args = [chat, args, [open_image("tiny/example.png")], []]
+    for _ in chat.ask("How many things are there?", chat_args[2], max_new_tokens=3):
+        pass
+    chat_args[2] = []
+    args.max_new_tokens = 300
+    assert module.converse(*chat_args) == 2
+    done = capsys.readouterr()
+    assert asked and "ran out of memory" in done.err and done.out.splitlines() == ["On the left.", "At the bottom right."]
+
+
+def test_an_unknown_error_is_not_hidden():
+    import sample as module
+
+    with pytest.raises(RuntimeError, match="something else"):
+        module.advice(RuntimeError("something else"))
+    assert "gcc" in module.advice(RuntimeError("Failed to find C compiler. Please specify via CC environment variable"))

@@ -1,19 +1,25 @@
 """The decode step: the same tokens in every form it can run in."""
 
 import shutil
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import generate
+import llama
 from generate import compiled, one_behind, run_step
 from llama import KVCache
-from tests.compare import FAMILIES, load
+from tests.compare import FAMILIES, FIXTURES, load
 from tests.test_generate import generated, prompt
 
+ALL = dict(temperature=0.0, top_k=None, top_p=None)
 COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
 SHARED = pytest.mark.skipif(torch.__version__ < "2.9", reason="before PyTorch 2.9, flash attention on a CPU cannot share key/value heads")
@@ -35,22 +41,229 @@ def test_compiled_gives_the_same_tokens(family, backend):
     assert torch.equal(generated(model, prompt(reference), max_new_tokens=40), expected)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_more_cache_sizes_than_the_compiler_keeps_by_default(monkeypatch):
+    model, reference = load("llava")
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda step, options, **more: compile(step, backend="eager", **more))
+    model.decode_step = compiled(model)
+    ids = reference["text_ids"]
+    for size in range(20, 30):
+        cache = KVCache(model.config.text, 1, size)
+        assert len([*model.generate(ids, max_new_tokens=3, eos_ids=(), cache=cache)]) == 3
+
+
+def captured_generation(model, reference, device):
+    """Twice the same prompt in one cache, the second time by what the first one captured: (tokens, graph) of each."""
+    inputs = {name: value.to(device) for name, value in prompt(reference).items()}
+    rows, length = inputs["attention_mask"].shape
+    cache = KVCache(model.config.text, rows, length + 60, device)
+    for _ in range(2):
+        cache.truncate(0)
+        yield generated(model, inputs, max_new_tokens=40, cache=cache), cache.graph
+
+
 @GPU
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_captured_step_gives_the_same_tokens(family, compiled):
+@pytest.mark.parametrize("tuned", [False, True])
+def test_a_captured_step_gives_the_same_tokens(family, tuned):
     model, reference = load(family)
     expected = generated(model, prompt(reference), max_new_tokens=40)
     model.to("cuda")
-    if compiled:
+    if tuned:
         model.decode_step = compiled(model)
-    inputs = {name: value.cuda() for name, value in prompt(reference).items()}
-    cache = KVCache(model.config.text, len(expected), inputs["attention_mask"].shape[1] + 60, "cuda")
-    for _ in range(2):  # the second prompt replays what the first one captured
-        graph = cache.graph
-        cache.truncate(0)
-        assert torch.equal(generated(model, inputs, max_new_tokens=40, cache=cache), expected)
-    assert cache.graph is graph is not None
+    (first, graph), (second, again) = captured_generation(model, reference, "cuda")
+    assert torch.equal(first, expected) and torch.equal(second, expected) and graph is again is not None
+
+
+class FakeGraph:
+    """What CUDA does at capture and replay, on a CPU: the call is recorded, not run, and its result written to one place."""
+
+    def __init__(self):
+        self.calls = []
+
+    def replay(self):
+        for run, result in self.calls:
+            result.copy_(run())
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """torch.cuda as far as generate.Graph uses it. Notes the streams of captures and how often a step really ran."""
+    log = SimpleNamespace(streams=[], capturing=None)
+
+    @contextmanager
+    def capture(graph, stream=None):
+        log.streams.append(stream)
+        log.capturing = graph
+        yield
+        log.capturing = None
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {
+        "Stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
+        "current_stream": lambda device=None: stream,
+        "stream": lambda stream: nullcontext(),
+        "device": lambda device: nullcontext(),
+        "CUDAGraph": FakeGraph,
+        "graph": capture,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return log
+
+
+def recorded(model, log):
+    """The model's decode step, which a fake capture records with the very tensors it was called with."""
+    real = model.decode_step
+
+    def step(token, alive, cache):
+        if log.capturing is None:
+            return real(token, alive, cache)
+        result = torch.zeros(len(token), model.config.text.vocab_size)
+        log.capturing.calls.append((lambda: real(token, alive, cache), result))
+        return result
+
+    return step
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_captured_is_replayed_with_new_tokens(family, fake_cuda, monkeypatch):
+    """The life of a captured step without a GPU: capture, replay in a second prompt, capture anew when weights have moved."""
+    model, reference = load(family)
+    expected = generated(model, prompt(reference), max_new_tokens=40)
+    model.decode_step = recorded(model, fake_cuda)
+    monkeypatch.setattr(generate, "run_step", graph_step)
+    (first, graph), (second, again) = captured_generation(model, reference, "cpu")
+    assert torch.equal(first, expected) and torch.equal(second, expected) and graph is again
+    assert len(fake_cuda.streams) == 1 and fake_cuda.streams[0] is not None
+
+
+def graph_step(model, token, alive, cache):
+    """run_step's branch for CUDA."""
+    if cache.graph is None:
+        cache.graph = generate.Graph(model, token, alive, cache)
+    return cache.graph(token, alive)
+
+
+@pytest.mark.parametrize("change", ["weights", "step"])
+def test_a_graph_of_other_weights_is_captured_anew(change, fake_cuda, monkeypatch):
+    model, reference = load("llava")
+    model.decode_step = recorded(model, fake_cuda)
+    monkeypatch.setattr(generate, "run_step", graph_step)
+    ids, cache = reference["text_ids"], KVCache(model.config.text, 1, 60)
+    generated(model, dict(input_ids=ids, cache=cache), max_new_tokens=5)
+    if change == "weights":
+        model.language_model.norm.weight = torch.nn.Parameter(-model.language_model.norm.weight)
+    else:
+        step = model.decode_step
+        model.decode_step = lambda *inputs: -step(*inputs)
+    cache.truncate(0)
+    changed = generated(model, dict(input_ids=ids, cache=cache), max_new_tokens=5)
+    cache.graph = None
+    cache.truncate(0)
+    assert torch.equal(changed, generated(model, dict(input_ids=ids, cache=cache), max_new_tokens=5)) and len(fake_cuda.streams) == 3
+
+
+class NoReading(TorchDispatchMode):
+    """Refuses what makes the host wait for the device: reading a value, or shapes that depend on values."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation._overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "multinomial", "masked_select", "unique2"), name
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [dict(temperature=0.0), dict(temperature=0.8, top_k=5, top_p=0.9)])
+def test_no_step_after_the_first_reads_from_the_device(options, monkeypatch):
+    model, reference = load("bakllava")
+    monkeypatch.setattr(KVCache, "extent", lambda cache: cache.max_length)  # as on any device but a CPU
+    random = torch.Generator().manual_seed(0)
+    x, _ = model.embed(reference["text_ids"])
+    cache = KVCache(model.config.text, 1, 40)
+    choose = partial(generate.sample, **ALL | options, random=random)
+    launched = generate.launch(model, x, None, cache, 4, choose, torch.tensor([2]))
+    with torch.no_grad():
+        next(launched)
+        with NoReading():
+            assert len([*launched]) == 3
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoReading():
+        int(torch.ones(1))
+
+
+def test_a_decode_step_is_whole_on_a_device_without_memory():
+    """On the meta device nothing can be read, and a tensor made on another device is an error."""
+    model, _ = load("bakllava")
+    model.to("meta")
+    cache = KVCache(model.config.text, 2, 32, "meta")
+    token, alive = torch.zeros(2, dtype=torch.long, device="meta"), torch.ones(2, dtype=torch.bool, device="meta")
+    with torch.no_grad():
+        assert model.decode_step(token, alive, cache).shape == (2, model.config.text.vocab_size)
+
+
+class Kernels(TorchDispatchMode):
+    """Counts what a GPU would launch: each operation that is no mere view."""
+
+    VIEWS = {
+        "view",
+        "_unsafe_view",
+        "transpose",
+        "unsqueeze",
+        "squeeze",
+        "slice",
+        "select",
+        "expand",
+        "split_with_sizes",
+        "t",
+        "alias",
+        "detach",
+    }
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.names += [operation._overloadpacket.__name__]
+        return operation(*args, **(kwargs or {}))
+
+    def count(self):
+        return len([name for name in self.names if name not in self.VIEWS])
+
+
+def test_a_block_has_few_kernels_outside_attention(monkeypatch):
+    model, _ = load("llava")
+    monkeypatch.setattr(llama, "attention", lambda q, k, v, mask: q)
+    monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight, eps: x * weight)  # one kernel on a GPU; here it would fall into parts
+    model.to("meta")
+    (block, *_), counts = model.language_model.layers, []
+    token, alive = torch.zeros(1, dtype=torch.long, device="meta"), torch.ones(1, dtype=torch.bool, device="meta")
+    for blocks in (1, 2):
+        model.language_model.layers = torch.nn.ModuleList([block] * blocks)
+        with Kernels() as kernels, torch.no_grad():
+            model.decode_step(token, alive, KVCache(model.config.text, 1, 32, "meta"))
+        counts.append(kernels.count())
+    assert 15 < counts[1] - counts[0] <= 22, kernels.names
+
+
+def test_the_two_forms_of_rms_norm_are_the_same():
+    norm = llama.RMSNorm(64, 1e-5)
+    norm.weight.data.normal_()
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2**-7), (torch.float16, 2**-10)):
+        x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+        fused = F.rms_norm(x, norm.weight.shape, norm.weight.to(dtype), norm.eps)
+        norm.weight.data = norm.weight.data.to(dtype)
+        torch.testing.assert_close(norm(x), fused, rtol=tolerance, atol=tolerance)
+
+
+def test_cudnn_attention_is_off_on_a_gpu(monkeypatch):
+    import llava
+
+    monkeypatch.setattr(llava, "fill", lambda *arguments: None)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    load("llava")
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    llava.Llava.from_pretrained(FIXTURES / "llava", "cuda")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_the_first_token_comes_at_once_and_the_others_one_step_behind():
@@ -94,7 +307,7 @@ def test_the_other_kernels_compute_the_same(family, rows):
     mask = reference["attention_mask"][:rows].bool()
     token, alive = torch.arange(5, 5 + rows), torch.ones(rows, dtype=torch.bool)
     logits = []
-    for step in (model.decode_step, partial(run_step, model.decode_step)):
+    for step in (model.decode_step, partial(run_step, model)):
         cache = KVCache(model.config.text, rows, mask.shape[1] + 5, dtype=torch.bfloat16)
         with torch.no_grad():
             model(inputs_embeds=model.language_model.embed(reference["input_ids"][:rows]), attention_mask=mask, cache=cache)

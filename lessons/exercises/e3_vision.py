@@ -5,7 +5,7 @@ puts a class token in front, adds a learnt embedding for each position, and runs
 before the first block.
 
 The function below becomes the `forward` of `clip.CLIPVision`. `self` has
-    patch_embedding    a convolution whose stride is its kernel size: (N, C, S, S) -> (N, D, rows, columns)
+    patch_embedding    a linear map of each patch, row by row: (N, C, S, S) -> (N, P, D)
     class_embedding    (D,)
     position_embedding.weight    (1 + patches, D); the class token's comes first, then the patches' row by row
     pre_layrnorm       (that is how the checkpoints spell it)

@@ -5,9 +5,8 @@ import torch
 
 def forward(self, pixel_values, layers):
     wanted = [k if k >= 0 else len(self.layers) + 1 + k for k in layers]
-    patches = self.patch_embedding(pixel_values)  # (N, D, rows, columns)
-    N, D = patches.shape[:2]
-    patches = patches.view(N, D, -1).permute(0, 2, 1)  # (N, P, D)
+    patches = self.patch_embedding(pixel_values)  # (N, P, D)
+    N, _, D = patches.shape
     first = self.class_embedding.view(1, 1, D).repeat(N, 1, 1)
     states = [self.pre_layrnorm(torch.cat([first, patches], 1) + self.position_embedding.weight)]
     for k in range(max(wanted)):
