@@ -90,8 +90,10 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
     kind: str  # a key of DTYPES, if it is a type we know
 
-    def read(self):
-        with safe_open(self.file, "pt") as tensors:  # opened anew each time, so that no earlier tensor's pages stay mapped
+    def read(self, device="cpu"):
+        """The tensor: mapped on a CPU, copied straight to a GPU."""
+        device = str(device) if torch.device(device).type == "cuda" else "cpu"
+        with safe_open(self.file, "pt", device) as tensors:  # opened anew each time, so that no earlier tensor's pages stay mapped
             return tensors.get_tensor(self.name)
 
 
@@ -156,7 +158,7 @@ def fill(model, stored, device, dtype):
     dtype = dtype or DTYPES[stored["language_model.embed_tokens.weight"].kind]
     for name in tqdm(shapes, desc="loading", unit="tensor", delay=1, disable=None):
         module, _, leaf = name.rpartition(".")
-        tensor = stored[name].read().to(device, dtype)
+        tensor = stored[name].read(device).to(device, dtype)  # cast where it is: there the memory is faster
         setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
 
 

@@ -22,6 +22,10 @@ from tests.test_generate import generated, prompt
 ALL = dict(temperature=0.0, top_k=None, top_p=None)
 COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+AMPERE = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
+    reason="flash attention needs a GPU of capability 8 or more",
+)
 SHARED = pytest.mark.skipif(torch.__version__ < "2.9", reason="before PyTorch 2.9, flash attention on a CPU cannot share key/value heads")
 
 
@@ -316,7 +320,7 @@ def test_the_other_kernels_compute_the_same(family, rows):
 
 
 @pytest.mark.parametrize(
-    "device, family", [("cpu", "llava"), pytest.param("cpu", "bakllava", marks=SHARED), pytest.param("cuda", "bakllava", marks=GPU)]
+    "device, family", [("cpu", "llava"), pytest.param("cpu", "bakllava", marks=SHARED), pytest.param("cuda", "bakllava", marks=AMPERE)]
 )
 def test_prefill_without_padding_goes_to_flash_attention(device, family):
     """With any other kernel forbidden it still runs; with padding, on a GPU, it could not."""
