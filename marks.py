@@ -125,10 +125,14 @@ class Mark:
         return len(self.coordinates) == 4 and self.kind != "scribble"
 
     @property
+    def name(self):
+        """What the mark is called: "red rectangle", or "point" of a colour without name."""
+        return f"{self.colour} {self.kind}" if isinstance(self.colour, str) else self.kind
+
+    @property
     def words(self):
-        """How a question refers to what is marked: "within the red rectangle", or "at the point" of a colour without name."""
-        colour = self.colour + " " if isinstance(self.colour, str) else ""
-        return f"{KINDS[self.kind].relation} the {colour}{self.kind}"
+        """How a question refers to what is marked: "within the red rectangle"."""
+        return f"{KINDS[self.kind].relation} the {self.name}"
 
     def points(self, size):
         """[(x, y), …] in pixels of a picture of this (width, height). Raises ValueError if one lies outside of it."""
@@ -215,13 +219,14 @@ def _arrow(pen, mark, tip, size, ink, width):
         pen.line(barbs, fill=ink, width=width, joint="curve")
 
 
-def random_mark(where, size, random, kind=None, colour=None):
+def random_mark(where, size, random, kind=None, colour=None, kinds=KINDS):
     """A mark on a thing, as different as the ones in training (in kind, colour, alpha, width, place and form).
 
     where: the outline of the thing, [(x, y), …] in pixels; size: the (width, height) of the picture; random: a
-    random.Random, whose state decides everything. kind, colour: to have these and vary the rest.
+    random.Random, whose state decides everything. kind, colour: to have these and vary the rest. kinds: a table like
+    KINDS, for other ranges of width and alpha.
     """
-    kind = kind or random.choice([*KINDS])
+    kind = kind or random.choice([*kinds])
     colour = colour or random.choice([*COLOURS])
     inside = lambda x, y: (min(max(x, 0), size[0]), min(max(y, 0), size[1]))
     where = [inside(x, y) for x, y in where]
@@ -254,12 +259,12 @@ def random_mark(where, size, random, kind=None, colour=None):
     if max(map(max, points)) <= 1:  # so close to the corner, pixels would be read as parts of the picture
         points = [(x / size[0], y / size[1]) for x, y in points]
     scale = max(size) / SIDE
-    low, high = (int(width * scale) for width in KINDS[kind].widths)  # whole pixels of this picture
+    low, high = (int(width * scale + 1e-6) for width in kinds[kind].widths)  # whole pixels of this picture
     return Mark(
         kind,
         tuple(value for point in points for value in point),
         colour,
-        alpha=random.randint(*KINDS[kind].alphas),
+        alpha=random.randint(*kinds[kind].alphas),
         width=max(1, random.randint(low, high)) / scale if KINDS[kind].width else None,
         **more,
     )

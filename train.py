@@ -176,6 +176,16 @@ def prepare(model, stage, dtype, checkpoint_activations):
     return parameters, optimizer, torch.autocast(model.device.type, dtype, cache_enabled=False)
 
 
+@torch.no_grad()
+def held_out_loss(model, loader):
+    """The mean loss of the assistant's words in all batches of a loader."""
+    total = words = 0
+    for ids, labels, pixels in loader:
+        learnt = (labels[:, 1:] != IGNORED).sum().item()
+        total, words = total + model(ids, pixels, labels=labels).loss.item() * learnt, words + learnt
+    return total / words
+
+
 def save_state(state, path):
     """Write beside the old file and then put in its place: whoever kills this at any moment leaves a whole one."""
     torch.save(state, path.with_suffix(".partial"))
@@ -207,6 +217,10 @@ def main():
         "for one more forward pass of time [on above 100 million parameters]",
     )
     parser.add_argument("--workers", type=int, default=0, help="processes that read pictures")
+    parser.add_argument(
+        "--held-out", type=Path, action="append", default=[], metavar="DATA",
+        help="conversations whose loss is reported every two minutes; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--save-every", type=positive(float), default=5, help="minutes between saved states")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -238,8 +252,10 @@ def train(args):
     model = Llava.from_pretrained(source, args.device)
     config, stored = model.config, model.dtype  # the result is stored in the type that the checkpoint came in
     length, P = min(args.max_length, config.text.max_position_embeddings), config.features_per_image
-    data = Conversations(args.data, args.images, tokenizer, config.style, length, P, with_picture=args.stage == 1)
-
+    data, *held_out = (
+        Conversations(path, args.images, tokenizer, config.style, length, P, with_picture=args.stage == 1)
+        for path in (args.data, *args.held_out)
+    )
     checkpointed = args.checkpoint_activations
     if checkpointed is None:
         checkpointed = sum(parameter.numel() for parameter in model.parameters()) > LARGE
@@ -250,7 +266,8 @@ def train(args):
     steps, peak = math.ceil(len(batches) / args.accumulate), args.lr or (1e-3 if args.stage == 1 else 2e-5)
     args.out.mkdir(parents=True, exist_ok=True)
     state_file, step = args.out / "training-state.pt", 0
-    free = ("model", "out", "device", "workers", "save_every", "checkpoint_activations")  # a run may go on with others of these
+    # A run may go on with others of these.
+    free = ("model", "out", "device", "workers", "save_every", "held_out", "checkpoint_activations")
     run = {name: str(value) for name, value in vars(args).items() if name not in free}
     run |= {"model": str(source.resolve()), "data": hashlib.sha256(args.data.read_bytes()).hexdigest()}
     if state_file.is_file():
@@ -267,13 +284,11 @@ def train(args):
             parameter.data.copy_(saved)
         print(f"going on from step {step} of {steps}", file=sys.stderr)
 
-    loader = DataLoader(
-        data,
-        batch_sampler=batches[step * args.accumulate :],
-        collate_fn=lambda examples: collate(examples, processor, tokenizer.image_id, tokenizer.pad_id, P, args.pad),
-        num_workers=args.workers,
-    )
-    loader, saved_at, progress = iter(loader), time.monotonic(), tqdm(total=steps, initial=step, unit="step", desc=f"stage {args.stage}")
+    together = lambda examples: collate(examples, processor, tokenizer.image_id, tokenizer.pad_id, P, args.pad)
+    loader = iter(DataLoader(data, batch_sampler=batches[step * args.accumulate :], collate_fn=together, num_workers=args.workers))
+    held_out = [DataLoader(conversations, args.batch_size, collate_fn=together) for conversations in held_out]
+    saved_at = reported_at = time.monotonic()
+    progress = tqdm(total=steps, initial=step, unit="step", desc=f"stage {args.stage}")
     while step < steps:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak, args.warmup)
@@ -292,6 +307,11 @@ def train(args):
         step += 1
         progress.set_postfix(loss=f"{total:.3f}", refresh=False)
         progress.update()
+        if held_out and (time.monotonic() - reported_at > 120 or step == steps):
+            with autocast:
+                losses = [f"{held_out_loss(model, batches):.4f} ({path.name})" for path, batches in zip(args.held_out, held_out)]
+            progress.write(f"step {step}: held-out loss {', '.join(losses)}", file=sys.stderr)
+            reported_at = time.monotonic()
         if time.monotonic() - saved_at > 60 * args.save_every and step < steps:
             save_state(dict(step=step, run=run, parameters=parameters, optimizer=optimizer.state_dict()), state_file)
             saved_at = time.monotonic()

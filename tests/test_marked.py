@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from random import Random
 
 import numpy as np
@@ -40,16 +41,32 @@ def test_training_and_held_out_never_meet():
         assert is_held_out(marked_scene(Random(seed), 1, held_out=True)[0])
 
 
+NAMES = ("{kind}", "{colour} {kind}", "{size} {kind}", "{colour} thing", "{size} {colour} {kind}")  # of a thing in a question
+
+
 def test_every_turn_is_true():
     """Worked out again from the words: of a question, which marks it names, and what is true of the things they are on."""
-    for seed in range(300):
-        scene, _, marked = marked_scene(Random(seed), 1 + seed % 2)
-        things = {mark.words: thing for thing, mark in marked}
+    seen = Counter()
+    for seed in range(400):
+        scene, _, marked = marked_scene(Random(seed), 1 + seed % 4)
+        things, called = {mark.words: thing for thing, mark in marked}, {mark.name: thing for thing, mark in marked}
         for question, answer in conversation(scene, marked, Random(seed)):
+            begin = " ".join(question.split()[:2])
+            seen[begin] += 1
             named = sorted((words for words in things if words in question), key=question.index)
+            if begin == "Which mark":
+                ways = {thing: [way.format(**vars(thing)) for way in NAMES] for thing in scene}
+                (thing,) = [t for t in scene if question.removeprefix("Which mark does the ").removesuffix(" have?") in ways[t]]
+                mark = next((mark for other, mark in marked if other == thing), None)
+                assert answer == (f"{'An' if mark.name[0] in 'ao' else 'A'} {mark.name}." if mark else "None."), question
+                continue
+            if begin == "Where is" and not named:
+                thing = called[question.removeprefix("Where is the ").removesuffix("?")]
+                assert answer == f"{PLACES[thing.cell].capitalize()}."
+                continue
             if not named:
-                assert all(str(thing) in answer.lower() for thing in scene)
-                assert all((words in answer) == ("marks" in question) for words in things)
+                assert begin == "Describe the" and all(str(thing) in answer.lower() for thing in scene)
+                assert all(words in answer for words in things)
                 continue
             thing = things[named[0]]
             right = {
@@ -70,6 +87,7 @@ def test_every_turn_is_true():
                 }
                 assert "left of" not in question or thing.cell % 3 != other.cell % 3
             assert [answer] == [value for begin, value in right.items() if question.startswith(begin)], question
+    assert len(seen) == 10 and min(seen.values()) > 30, seen
 
 
 def test_every_kind_of_question_and_of_mark_is_asked_alike():
@@ -84,6 +102,10 @@ def test_the_same_seed_gives_the_same_data(tmp_path):
     for name in ("a", "b"):
         write(tmp_path / name, 8, seed=3)
     a, b = (sorted(p for p in (tmp_path / name).rglob("*") if p.is_file()) for name in ("a", "b"))
-    assert len(a) == 10 and [p.read_bytes() for p in a] == [p.read_bytes() for p in b]
+    assert len(a) == 28 and [p.read_bytes() for p in a] == [p.read_bytes() for p in b]
+    with_marks, without = (json.loads((tmp_path / "a" / name).read_text()) for name in ("held-out.json", "unmarked.json"))
+    assert [record["conversations"] for record in with_marks] == [record["conversations"] for record in without]
+    for one, other in zip(with_marks, without):
+        assert (tmp_path / "a" / one["image"]).read_bytes() != (tmp_path / "a" / other["image"]).read_bytes()
     records = json.loads((tmp_path / "a" / "instruct.json").read_text())
     assert all(record["conversations"][0]["value"].startswith("<image>\n") for record in records)

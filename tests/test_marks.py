@@ -358,6 +358,13 @@ def test_random_marks_have_the_widths_and_alphas_of_training(kind, widths, alpha
     assert larger.width is None or abs(larger.width * 1000 / 336 - round(larger.width * 1000 / 336)) < 1e-9
 
 
+def test_random_marks_of_another_table_have_its_widths_and_alphas():
+    bold = {name: kind._replace(widths=(6, 15), alphas=(200, 210)) for name, kind in KINDS.items()}
+    random, thing = Random(1), [(20, 20), (60, 25), (50, 70)]
+    marks = [random_mark(thing, (112, 112), random, "rectangle", kinds=bold) for _ in range(500)]
+    assert {round(mark.width / 3) for mark in marks} == {2, 3, 4, 5} and {mark.alpha for mark in marks} == {*range(200, 211)}
+
+
 def test_a_thing_in_the_very_corner():
     for seed in range(300):
         for kind in ("point", "arrow", "scribble", "rectangle"):

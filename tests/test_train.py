@@ -1,6 +1,7 @@
 """Training: what is learnt, what stays frozen, and that a killed run ends as if it had not been killed."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from shutil import copytree
@@ -174,6 +175,26 @@ def test_activations_are_checkpointed_when_asked_for_or_the_model_is_large(optio
         monkeypatch.setattr(train, "LARGE", 3e6)  # the bundled model has 3.1 million
     with pytest.raises(Asked):
         run(monkeypatch, data, tmp_path / "out", *options)
+
+
+def test_held_out_losses_are_reported_and_change_nothing(monkeypatch, data, tmp_path, capsys):
+    """The mean over the assistant's words, whatever the batches: worked out here in a single one."""
+    held_out = tmp_path / "held-out.json"
+    held_out.write_text(json.dumps(json.loads((data / "instruct.json").read_text())[:5]))
+    run(monkeypatch, data, tmp_path / "plain", "--batch-size", "2")
+    capsys.readouterr()
+    run(monkeypatch, data, tmp_path / "watched", "--batch-size", "2", "--held-out", str(held_out))
+    (reported,) = re.findall(r"step \d+: held-out loss ([\d.]+) \(held-out.json\)", capsys.readouterr().err)
+    plain, watched = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "watched"))
+    assert all(plain[name].equal(watched[name]) for name in plain)
+
+    model, tokenizer = Llava.from_pretrained(tmp_path / "plain", dtype=torch.float32), Tokenizer.from_pretrained(TINY)
+    examples = train.Conversations(held_out, data, tokenizer, "llava", 512, 64)
+    examples = [examples[n] for n in range(len(examples))]
+    ids, labels, pixels = train.collate(examples, ImageProcessor.from_pretrained(TINY), tokenizer.image_id, tokenizer.pad_id, 64, False)
+    with torch.no_grad():
+        expected = model(ids, pixels, labels=labels).loss.item()
+    assert abs(float(reported) - expected) < 2e-3  # the saved weights are rounded to 16 bits
 
 
 def test_accumulated_batches_equal_one_large_batch(monkeypatch, data, tmp_path):

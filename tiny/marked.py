@@ -13,16 +13,25 @@ from random import Random
 from tqdm import tqdm
 
 from marks import COLOURS, KINDS, draw_marks, random_mark
-from tiny.world import NUMBERS, PLACES, SIDE, ask_description, describe, llava_record, make_scene, paint, place, yes
+from tiny.world import NUMBERS, PLACES, SIDE, ask_description, describe, llava_record, make_scene, names, paint, place, yes
 
 AROUND = ("rectangle", "ellipse", "mask", "mask contour")
+# As bold against a patch of 14 pixels as the paper's marks are: of 112 pixels a line of the paper's share would be 1 wide.
+# Widths are for a picture of 336, so 6 to 15 is 2 to 5 here.
+BOLD = {
+    name: kind._replace(
+        widths={"arrow": (6, 12), "point": (9, 18), "mask": (0, 0), "mask contour": (3, 6)}.get(name, (6, 15)),
+        alphas=(96, 144) if name == "mask" else (176, 255),
+    )
+    for name, kind in KINDS.items()
+}
 
 
 def marked_scene(random, count, kind=None, held_out=False):
     """A scene of two things or more, `count` of which are marked: (scene, its layout, [(thing, mark), …]).
 
-    Two marked things have one colour in every second picture, and two marks always different ones, which stand out from
-    the things they are on. What goes around a thing leaves it some room. kind: of the marks, if not any.
+    The first two marked things have one colour in every second picture, and marks always different ones, which stand out
+    from the things they are on. What goes around a thing leaves it some room. kind: of the marks, if not any.
     """
     alike = random.random() < 0.5
     while True:
@@ -41,7 +50,7 @@ def put_marks(things, layout, random, kind=None):
         of_kind, used = kind or random.choice([*KINDS]), [mark.colour for _, mark in marked]
         colours = [colour for colour, rgb in COLOURS.items() if colour not in used and math.dist(rgb, places[thing].shade) > 120]
         outline = places[thing].outline(1.2 if of_kind in AROUND else 1.0)
-        marked.append((thing, random_mark(outline, (SIDE, SIDE), random, of_kind, random.choice(colours))))
+        marked.append((thing, random_mark(outline, (SIDE, SIDE), random, of_kind, random.choice(colours), BOLD)))
     return marked
 
 
@@ -54,6 +63,21 @@ def picture(layout, marked):
 
 def ask_marked_description(scene, marked, random):
     return "Describe the picture and its marks.", describe(scene, {thing: mark.words for thing, mark in marked})
+
+
+def ask_which_mark(scene, marked, random):
+    """From a thing, marked or not, to its mark: one step, where from a mark to what its thing looks like are two."""
+    marks, named = dict(marked), [(thing, name) for thing in scene for name in names(thing, scene)[:2]]
+    if named:
+        thing, name = random.choice([pair for pair in named if pair[0] in marks] or named if random.random() < 0.8 else named)
+        mark = marks.get(thing)
+        article = "an" if mark and mark.colour[0] in "aeio" else "a"
+        return f"Which mark does the {name} have?", f"{article.capitalize()} {mark.name}." if mark else "None."
+
+
+def ask_where_mark(scene, marked, random):
+    (thing, mark), *_ = marked
+    return f"Where is the {mark.name}?", f"{PLACES[thing.cell].capitalize()}."
 
 
 def ask_what(scene, marked, random):
@@ -103,27 +127,42 @@ ABOUT_TWO = {"which is larger": ask_larger, "same colour": ask_same_colour, "lef
 
 
 def conversation(scene, marked, random):
-    """Four questions about the marked things, then one of the two descriptions: last, or the answers could be read off it."""
-    turns = [ask(scene, [one], random) for ask in ABOUT_ONE.values() for one in marked]
-    if len(marked) == 2:
-        turns += [ask(scene, random.sample(marked, 2), random) for ask in ABOUT_TWO.values()]
-    turns = random.sample([turn for turn in turns if turn], 4)
-    return [*turns, ask_description(scene, random) if random.random() < 0.5 else ask_marked_description(scene, marked, random)]
+    """What can be asked about the marked things, up to eight questions in random order; in one of five conversations the
+    description with the marks alone, from which the answers to all questions could be read off."""
+    if random.random() < 0.2:
+        return [ask_marked_description(scene, marked, random)]
+    turns = [ask(scene, [one], random) for ask in (*ABOUT_ONE.values(), ask_where_mark) for one in marked]
+    turns += [ask_which_mark(scene, marked, random) for _ in marked]
+    if len(marked) > 1:
+        turns += [ask(scene, random.sample(marked, 2), random) for ask in ABOUT_TWO.values() for _ in range(2)]
+    turns = [*dict.fromkeys(turn for turn in turns if turn)]
+    return random.sample(turns, min(8, len(turns)))
 
 
 def write(folder, count, seed):
-    """Training data, like tiny.world's: `align.json` for stage 1, `instruct.json` for stage 2."""
+    """Training data, like tiny.world's: `align.json` for stage 1, `instruct.json` for stage 2; and `held-out.json` and
+    `unmarked.json`, the same conversations about held-out scenes, with the marks in the pictures and without.
+
+    One to four things are marked: among several marks a model must find the one that is asked about.
+    """
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    align, instruct = [], []
+    align, instruct, held_out, unmarked = [], [], [], []
     for n in tqdm(range(count), desc="drawing", unit="picture"):
         random = Random(f"{seed} marked {n}")
-        scene, layout, marked = marked_scene(random, 1 + n % 2)
+        scene, layout, marked = marked_scene(random, 1 + n % 4)
         name, file = f"{n:06d}", f"images/{n:06d}.png"
         picture(layout, marked).save(folder / file)
-        align.append(llava_record(name, file, [ask_marked_description(scene, marked, random)]))
+        align.append(llava_record(name, file, [ask_description(scene, random), ask_marked_description(scene, marked, random)]))
         instruct.append(llava_record(name, file, conversation(scene, marked, random)))
-    (folder / "align.json").write_text(json.dumps(align[: count // 8]))
-    (folder / "instruct.json").write_text(json.dumps(instruct))
+    for n in range(min(count, 256)):
+        random = Random(f"{seed} held out {n}")
+        scene, layout, marked = marked_scene(random, 1 + n % 2, held_out=True)
+        turns = conversation(scene, marked, random)
+        for records, name, image in ((held_out, f"h{n:05d}", picture(layout, marked)), (unmarked, f"u{n:05d}", paint(*layout))):
+            image.save(folder / f"images/{name}.png")
+            records.append(llava_record(name, f"images/{name}.png", turns))
+    for name, records in (("align", align[: count // 8]), ("instruct", instruct), ("held-out", held_out), ("unmarked", unmarked)):
+        (folder / f"{name}.json").write_text(json.dumps(records))
 
 
 def held_out_questions(count, seed):

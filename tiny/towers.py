@@ -2,10 +2,12 @@
 the vision half is kept, and a language model trained on text alone.
 
     python -m tiny.towers                # writes tiny/build/base: a checkpoint whose projector is still random
-    python -m tiny.towers --style vip    # writes tiny/build/vip-base; goes on from the vision tower of tiny/llava
+    python -m tiny.towers --style vip    # writes tiny/build/vip-base; goes on from both towers of tiny/llava
 
-For tiny/vip-llava the vision tower also learns what a mark looks like, as the real one did from the pictures of the web,
-before it is frozen.
+For tiny/vip-llava the vision tower also learns what a mark looks like before it is frozen. The real one had seen arrows and
+circles in the pictures of the web; here it is shown them, and openly so: a thing's own patches are compared with the words
+for the thing and its mark (`train_regions`). CLIP's way, one vector for a whole picture against a whole caption, leaves
+the marks out of the patches, and what is not in them the language model cannot learn to see.
 """
 
 import argparse
@@ -28,11 +30,13 @@ from config import LlavaConfig
 from images import ImageProcessor
 from llama import Llama, LlamaConfig
 from llava import Llava
+from marks import COLOURS as MARK_COLOURS
+from marks import KINDS as MARKS
 from tiny.marked import conversation as marked_conversation
-from tiny.marked import marked_scene, picture, put_marks
-from tiny.world import COLOURS, KINDS, SIDE, SIZES, conversation, describe, draw, is_held_out, make_scene
+from tiny.marked import marked_scene, picture
+from tiny.world import COLOURS, KINDS, SIDE, SIZES, conversation, describe, draw, is_held_out, llava_record, make_scene
 from tokenizer import Tokenizer, chat_prompt
-from train import learning_rate
+from train import collate, encode_conversation, learning_rate
 
 PIECES = 510  # of the SentencePiece model; <image> and <pad> make it 512
 VISION = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=5, num_attention_heads=4, image_size=SIDE, patch_size=14)
@@ -197,22 +201,10 @@ def near_scenes(random, most):
     return scenes
 
 
-def plain_batch(random, size, step, steps):
-    """Pictures and captions, in groups of near scenes; of one thing at first: what tells shapes apart is learnt fastest there."""
-    scenes = [scene for _ in range(size // VARIANTS) for scene in near_scenes(random, most=1 + 5 * step // steps)]
+def near_batch(random, size, most):
+    """Pictures and captions, in groups of near scenes."""
+    scenes = [scene for _ in range(size // VARIANTS) for scene in near_scenes(random, most)]
     return [draw(scene, random) for scene in scenes], [describe(scene) for scene in scenes]
-
-
-def marked_batch(random, size, step, steps):
-    """Pictures and captions, in groups that show the same with other marks."""
-    pictures, captions = [], []
-    for _ in range(size // VARIANTS):
-        scene, layout, _ = marked_scene(random, 1)
-        for _ in range(VARIANTS):
-            marked = put_marks(random.sample(scene, random.randint(1, 2)), layout, random)
-            pictures.append(picture(layout, marked))
-            captions.append(describe(scene, {thing: mark.words for thing, mark in marked}))
-    return pictures, captions
 
 
 def progress(steps, description):
@@ -226,15 +218,31 @@ def optimise(loss, optimizer, parameters):
     optimizer.step()
 
 
-def train_clip(vision, tokenizer, processor, examples, steps, size, seed):
-    """CLIP (Radford et al. 2021, figure 3): a picture's vector and its caption's should be nearer than any other pair's
-    in the batch. Both towers end in one vector: the class token's, and the last word's of a causal transformer.
+class Likeness(nn.Module):
+    """How well each of some vectors of the vision tower fits each of some texts, which a small causal transformer reads."""
 
-    examples: a function that draws `size` pictures and captions. Returns the vision tower."""
-    reader = initialise(Llama(LlamaConfig(**CAPTION_READER)))
-    heads = nn.ModuleList([nn.Linear(VISION["hidden_size"], 128, bias=False), nn.Linear(CAPTION_READER["hidden_size"], 128, bias=False)])
-    scale = nn.Parameter(torch.tensor(math.log(20.0)))
-    parameters = [*vision.parameters(), *reader.parameters(), *heads.parameters(), scale]
+    def __init__(self):
+        super().__init__()
+        self.reader = initialise(Llama(LlamaConfig(**CAPTION_READER)))
+        widths = (VISION["hidden_size"], CAPTION_READER["hidden_size"])
+        self.heads = nn.ModuleList([nn.Linear(width, 128, bias=False) for width in widths])
+        self.scale = nn.Parameter(torch.tensor(math.log(20.0)))
+
+    def forward(self, seen, texts, tokenizer):
+        """seen: (N, V); texts: M strings. Returns scaled cosines, (N, M)."""
+        rows = [tokenizer.encode(text) for text in texts]
+        ends = torch.tensor([len(row) - 1 for row in rows])
+        ids = torch.tensor([row + [tokenizer.pad_id] * (int(ends.max()) + 1 - len(row)) for row in rows])
+        read = self.reader(self.reader.embed(ids))[torch.arange(len(rows)), ends]  # each text's last word
+        seen, read = (F.normalize(head(x), dim=-1) for head, x in zip(self.heads, (seen, read)))
+        return seen @ read.T * self.scale.exp().clamp(max=100)
+
+
+def train_clip(vision, tokenizer, processor, steps, size, seed):
+    """CLIP (Radford et al. 2021, figure 3): a picture's vector and its caption's should be nearer than any other pair's
+    in the batch. Both towers end in one vector: the class token's, and the last word's of a causal transformer."""
+    likeness = Likeness()
+    parameters = [*vision.parameters(), *likeness.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.02)
     bar = progress(steps, "CLIP")
     hits = 0.0
@@ -242,16 +250,11 @@ def train_clip(vision, tokenizer, processor, examples, steps, size, seed):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, 2e-3, 0.05)
         random = Random(f"{seed} clip {step}")
-        pictures, captions = examples(random, size, step, steps)
-        pixels, captions = processor(pictures), [tokenizer.encode(caption) for caption in captions]
-        ends = torch.tensor([len(ids) - 1 for ids in captions])
-        ids = torch.tensor([ids + [tokenizer.pad_id] * (int(ends.max()) + 1 - len(ids)) for ids in captions])
-
-        (top,) = vision(pixels, [-1])
-        seen = heads[0](vision.post_layernorm(top[:, 0]))
-        read = heads[1](reader(reader.embed(ids))[torch.arange(len(ids)), ends])
-        logits = F.normalize(seen, dim=-1) @ F.normalize(read, dim=-1).T * scale.exp().clamp(max=100)
-        target = torch.arange(len(ids))
+        # One thing a picture at first: what tells shapes apart is learnt fastest there.
+        pictures, captions = near_batch(random, size, most=1 + 5 * step // steps)
+        (top,) = vision(processor(pictures), [-1])
+        logits = likeness(vision.post_layernorm(top[:, 0]), captions, tokenizer)
+        target = torch.arange(size)
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         optimise(loss, optimizer, parameters)
         hits += 0.05 * ((logits.argmax(1) == target).float().mean().item() - hits)
@@ -259,7 +262,129 @@ def train_clip(vision, tokenizer, processor, examples, steps, size, seed):
     return vision
 
 
-def train_language_model(tokenizer, style, steps, batch, seed):
+# What can be said of a thing and its mark, one word at a time.
+CONCEPTS = (
+    [f"a {size} thing." for size in SIZES],
+    [f"a {colour} thing." for colour in COLOURS],
+    [f"a {kind}." for kind in KINDS],
+    [*(f"a {colour} mark." for colour in MARK_COLOURS), "no mark."],
+    [*(f"a {kind} around it or on it." for kind in MARKS), "no mark."],
+)
+
+
+def marked_things(random, pictures, held_out=False):
+    """Pictures with one to four marks each, and what there is to say of their things: the pictures, and for each thing
+    (index of its picture, cell, the words for it and its mark, its place in each group of CONCEPTS)."""
+    images, things = [], []
+    for n in range(pictures):
+        scene, layout, marked = marked_scene(random, 1 + n % 4, held_out=held_out)
+        marks = dict(marked)
+        images.append(picture(layout, marked))
+        for thing in scene:
+            mark = marks.get(thing)
+            of_thing = [[*SIZES].index(thing.size), [*COLOURS].index(thing.colour), [*KINDS].index(thing.kind)]
+            of_mark = [[*MARK_COLOURS].index(mark.colour), [*MARKS].index(mark.kind)] if mark else [len(MARK_COLOURS), len(MARKS)]
+            things.append((n, thing.cell, f"a {thing} {mark.words}." if mark else f"a {thing}.", of_thing + of_mark))
+    return images, things
+
+
+def of_cell(cell):
+    """The patches whose middle lies in a cell of the 3 × 3 grid, as indices into the tower's sequence, the class token first."""
+    side = SIDE // VISION["patch_size"]
+    row = [(2 * k + 1) * 3 // (2 * side) for k in range(side)]  # the third of the picture that patch k of a row or column is in
+    return [1 + i * side + j for i in range(side) for j in range(side) if (row[i], row[j]) == divmod(cell, 3)]
+
+
+def train_regions(vision, tokenizer, processor, steps, size, seed):
+    """Contrast by region, as in RegionCLIP (Zhong et al. 2022, https://arxiv.org/abs/2112.09106, section 3.2): the patches
+    of a thing, in the state that LLaVA reads, should be nearer to the words for it than to other words: to each single
+    concept (its colour, its kind, the colour of its mark …) than to the others of its group, and to the whole description of
+    the thing and its mark than to all others of the batch. The single concepts matter most: without them the tower learns a
+    vector for each combination, from which no linear map reads a mark's colour. In half of the cases one patch alone stands for
+    its cell: so each learns to say what it is part of, and by which mark, and the language model finds both in one place.
+
+    Returns the vision tower. The bar shows the share of marked things in held-out scenes that are named right in whole.
+    """
+    likeness = Likeness()
+    parameters = [*vision.requires_grad_(True).parameters(), *likeness.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.02)
+    held_out = marked_things(Random(f"{seed} regions held out"), 80, held_out=True)
+    concepts = [text for group in CONCEPTS for text in group]
+
+    def compare(images, things, pool):
+        (state,) = vision(processor(images), [-2])
+        seen = torch.stack([state[n, pool(of_cell(cell))].mean(0) for n, cell, _, _ in things])
+        texts = [*dict.fromkeys(words for _, _, words, _ in things)]  # a thing without a mark may stand in two pictures
+        target = torch.tensor([texts.index(words) for _, _, words, _ in things])
+        by_concept, whole = likeness(seen, concepts + texts, tokenizer).float().split((len(concepts), len(texts)), dim=1)
+        return by_concept.split([len(group) for group in CONCEPTS], dim=1), whole, target
+
+    bar = progress(steps, "regions")
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, 2e-3, 0.05)
+        random = Random(f"{seed} regions {step}")
+        one_patch = lambda patches, random=random: [random.choice(patches)] if random.random() < 0.5 else patches
+        images, things = marked_things(random, size)
+        with torch.autocast("cpu", torch.bfloat16):
+            groups, whole, target = compare(images, things, one_patch)
+        same = F.one_hot(target, whole.shape[1]).float()
+        loss = (F.cross_entropy(whole, target) + F.cross_entropy(whole.T, (same / same.sum(0)).T)) / 2
+        for logits, index in zip(groups, torch.tensor([of for *_, of in things]).T):
+            loss = loss + F.cross_entropy(logits, index)
+        optimise(loss, optimizer, parameters)
+        if step % 50 == 49 or step + 1 == steps:
+            with torch.no_grad():
+                _, whole, target = compare(*held_out, lambda patches: patches)
+            of_marked = torch.tensor([of[-1] < len(MARKS) for *_, of in held_out[1]])
+            right = (whole.argmax(1) == target)[of_marked].float().mean().item()
+        if step >= 49:
+            bar.set_postfix(loss=f"{loss.item():.3f}", held_out=f"{right:.1%}", refresh=False)
+    return vision
+
+
+def translate(model, old, new):
+    """Give a Llama another tokenizer: what both have keeps its row of the embeddings and of the head, another piece starts
+    as the mean of the old pieces that spell it."""
+    spelt = []
+    for i in range(len(new.model)):
+        piece = new.model.id_to_piece(i)
+        known = old.model.piece_to_id(piece)
+        word = piece.replace("▁", " ")
+        if known == old.model.unk_id() and i != known:
+            spelt.append(old.model.encode(word[1:]) if word[0] == " " else old.encode_more(word))
+        else:
+            spelt.append([known])
+    spelt += [[old.specials[literal]] for literal in ("<image>", "<pad>")]
+    for matrix in (model.embed_tokens, model.lm_head):
+        matrix.weight = nn.Parameter(torch.stack([matrix.weight[ids].mean(0) for ids in spelt]))
+    return model
+
+
+def learn_format(model, tokenizer, processor, steps, batch, seed):
+    """tiny/llava learns ViP-LLaVA's chat format and the new tokenizer, in its own world and with its own eyes: on text alone
+    it would learn not to look. Only the language model is trained; returns it."""
+    parameters = list(model.language_model.requires_grad_(True).parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
+    bar = progress(steps, "format")
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, 1e-3, 0.05)
+        random = Random(f"{seed} format {step}")
+        examples = []
+        for _ in range(batch):
+            scene = make_scene(random)
+            record = llava_record("", "", conversation(scene, random))
+            examples.append((*encode_conversation(record, tokenizer, "vip"), draw(scene, random)))
+        ids, labels, pixels = collate(examples, processor, tokenizer.image_id, tokenizer.pad_id, model.config.features_per_image, False)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(ids, pixels, labels=labels).loss
+        optimise(loss, optimizer, parameters)
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    return model.language_model
+
+
+def train_language_model(tokenizer, steps, batch, seed):
     """Next-word prediction on the world's conversations, of which it never sees a picture."""
     torch.manual_seed(seed)
     model = initialise(Llama(LlamaConfig(**TEXT)))
@@ -270,7 +395,7 @@ def train_language_model(tokenizer, style, steps, batch, seed):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, 1e-3, 0.05)
         random = Random(f"{seed} llama {step}")
-        rows = [tokenizer.encode(as_dialogue(style, random)) for _ in range(batch)]
+        rows = [tokenizer.encode(as_dialogue("llava", random)) for _ in range(batch)]
         width = max(map(len, rows))
         ids = torch.tensor([row + [tokenizer.pad_id] * (width - len(row)) for row in rows])
         logits = model.lm_head(model(model.embed(ids[:, :-1])))
@@ -284,26 +409,32 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--style", choices=[*FAMILIES], default="llava")
     parser.add_argument("--out", type=Path, help="[tiny/build/base or tiny/build/vip-base]")
-    parser.add_argument("--clip-steps", type=int, help="[3500; 1200 to learn marks]")
-    parser.add_argument("--clip-batch", type=int, default=128)
-    parser.add_argument("--llama-steps", type=int, default=300)
-    parser.add_argument("--llama-batch", type=int, default=32)
+    parser.add_argument("--vision-steps", type=int, help="[3500; 1000 to learn marks]")
+    parser.add_argument("--vision-batch", type=int, help="pictures in a step [128; 80 to learn marks]")
+    parser.add_argument("--llama-steps", type=int, help="[300; 200 where tiny/llava is the start]")
+    parser.add_argument("--llama-batch", type=int, help="[32; 16 where tiny/llava is the start]")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     vip = args.style == "vip"
-    out, steps = args.out or Path("tiny/build") / ("vip-base" if vip else "base"), args.clip_steps or (1200 if vip else 3500)
+    out = args.out or Path("tiny/build") / ("vip-base" if vip else "base")
+    steps, batch = args.vision_steps or (1000 if vip else 3500), args.vision_batch or (80 if vip else 128)
 
     write_text_files(out, args.style, args.seed)
     tokenizer, processor = Tokenizer.from_pretrained(out), ImageProcessor.from_pretrained(out)
     torch.manual_seed(args.seed)
     model = Llava(LlavaConfig.from_pretrained(out))  # for its random projector
-    model.language_model = train_language_model(tokenizer, args.style, args.llama_steps, args.llama_batch, args.seed)
     torch.manual_seed(args.seed)
     if vip:
-        vision, examples = Llava.from_pretrained("tiny/llava", dtype=torch.float32).vision_tower.requires_grad_(True), marked_batch
+        grown = Llava.from_pretrained("tiny/llava", dtype=torch.float32)
+        translate(grown.language_model, Tokenizer.from_pretrained("tiny/llava"), tokenizer)
+        model.language_model = learn_format(grown, tokenizer, processor, args.llama_steps or 200, args.llama_batch or 16, args.seed)
+        torch.manual_seed(args.seed)
+        model.vision_tower = train_regions(grown.vision_tower, tokenizer, processor, steps, batch, args.seed)
     else:
-        vision, examples = initialise(CLIPVision(CLIPVisionConfig(**VISION))), plain_batch
-    model.vision_tower = train_clip(vision, tokenizer, processor, examples, steps, args.clip_batch, args.seed)
+        model.language_model = train_language_model(tokenizer, args.llama_steps or 300, args.llama_batch or 32, args.seed)
+        torch.manual_seed(args.seed)
+        vision = initialise(CLIPVision(CLIPVisionConfig(**VISION)))
+        model.vision_tower = train_clip(vision, tokenizer, processor, steps, batch, args.seed)
     save_checkpoint(model, out, out, torch.float16)
 
 
