@@ -6,6 +6,9 @@ sample: .venv/installed
 test: .venv/installed
 	.venv/bin/python -m pytest
 
+page: .venv/installed            # page.html: the bundled model in the browser, in one file
+	.venv/bin/python -m lessons.page
+
 exercise: .venv/installed        # make exercise N=1
 	.venv/bin/python -m lessons.exercises $(N)
 
@@ -57,4 +60,4 @@ tiny/build/llava/model.safetensors: | tiny/build/tuned/model.safetensors tiny/mo
 	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -r .venv-oldest/requirements.txt
 	touch $@
 
-.PHONY: sample test exercise check parity oldest tiny
+.PHONY: sample test page exercise check parity oldest tiny

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
+import marks
 from checkpoint import checkpoint_folder
 from clip import ImageProcessor
 from llava import Llava, LlavaConfig
@@ -27,6 +28,19 @@ from tokenizer import SPECIAL_LITERALS, STYLES, TURN_MARKS, Tokenizer
 HERE = Path(__file__).parent
 MOST = 12_000_000  # bytes of the page: more is no page that one sends to a friend
 PICTURES = 9
+SUGGESTIONS = (
+    ("What do you see?", "How many things are there?", "What colour is the square?", "Where is the ring?", "Is the star small or large?",
+     "What is at the top?", "Is there a red circle?", "Is the ring left or right of the square?"),
+    ("Describe the picture and its marks.", "What do you see?"),
+)  # fmt: skip
+
+
+# What the tour is set up with: a question about the first picture, and the patch, the word and the head that are looked at
+# (counted from 0), and the part of the language model that is switched off in the end ("llama", block, head).
+TOURS = {
+    "llava": {"question": "What is on the left?", "patch": 52, "word": 2, "head": [3, 0], "off": "llama 0 1"},
+    "vip": {"question": "Describe the picture and its marks.", "patch": 27, "word": 2, "head": [3, 0], "off": "llama 0 1"},
+}
 
 
 def encoded(data):
@@ -60,6 +74,15 @@ def pictures(style):
     return [{"picture": data_url(image), "question": question, "answer": answer} for image, question, answer in found]
 
 
+def marks_of(style):
+    """For ViP-LLaVA, what can be drawn on a picture: the words for each kind of mark, its width in pixels, the colours."""
+    if style != "vip":
+        return None
+    scale = world.SIDE / marks.SIDE
+    widths = {kind: max(1, scale * form.width) for kind, form in marks.KINDS.items()}
+    return {"relations": {kind: form.relation for kind, form in marks.KINDS.items()}, "widths": widths, "colours": marks.COLOURS}
+
+
 def data_url(image):
     file = io.BytesIO()
     image.save(file, "PNG", optimize=True)
@@ -88,11 +111,14 @@ def page(model, tokenizer, processor, examples):
     """The HTML of the page, a str. Raises ValueError if it would be larger than 12 MB."""
     config = model.config
     data = {
-        "config": asdict(config),
+        "config": asdict(config) | {"features_per_image": config.features_per_image},
         "style": STYLES[config.style] | {"specials": SPECIAL_LITERALS, "turns": TURN_MARKS[config.style]},
         "tokenizer": vocabulary(tokenizer),
         "processor": asdict(processor),
         "examples": examples,
+        "suggestions": SUGGESTIONS[config.style == "vip"],
+        "tour": TOURS["vip" if config.style == "vip" else "llava"],
+        "marks": marks_of(config.style),
         "world": {"colours": world.COLOURS, "kinds": [*world.KINDS], "sizes": world.SIZES, "places": world.PLACES},
     }
     text = quote((HERE / "page" / "page.html").read_text(encoding="utf-8"))

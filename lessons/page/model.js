@@ -41,28 +41,25 @@ const HALVES = Float32Array.from({length: 65536}, (_, bits) => {
 
 // ------------------------------------------------------------------------------------------------------ torch.nn
 
-// x Wᵀ + b: (T, in), (out, in), (1, out) -> (T, out). Four rows of W at a time, so that x is read a quarter as often.
+// x Wᵀ + b: (T, in), (out, in), (1, out) -> (T, out). Two rows of x by four of W at a time: what is loaded once is used more
+// often. Where a row is left over, one that is done is done again.
 function linear(x, weight, bias) {
-  const n = x.columns, out = new Matrix(x.rows, weight.rows), w = weight.data;
-  for (let t = 0; t < x.rows; t++) {
-    const row = x.row(t), to = out.row(t);
-    let o = 0;
-    for (; o + 3 < weight.rows; o += 4) {
-      const a = o * n, b = a + n, c = b + n, d = c + n;
-      let sa = 0, sb = 0, sc = 0, sd = 0;
+  const n = x.columns, T = x.rows, M = weight.rows, out = new Matrix(T, M), from = x.data, w = weight.data, to = out.data;
+  for (let t = 0; t < T; t += 2) {
+    const u = Math.min(t + 1, T - 1), first = t * n, second = u * n;
+    for (let block = 0; block < M; block += 4) {
+      const o = Math.min(block, M - 4), a = o * n, b = a + n, c = b + n, d = c + n;
+      let ta = 0, tb = 0, tc = 0, td = 0, ua = 0, ub = 0, uc = 0, ud = 0;
       for (let i = 0; i < n; i++) {
-        const v = row[i];
-        sa += v * w[a + i];
-        sb += v * w[b + i];
-        sc += v * w[c + i];
-        sd += v * w[d + i];
+        const p = from[first + i], q = from[second + i], wa = w[a + i], wb = w[b + i], wc = w[c + i], wd = w[d + i];
+        ta += p * wa; tb += p * wb; tc += p * wc; td += p * wd;
+        ua += q * wa; ub += q * wb; uc += q * wc; ud += q * wd;
       }
-      to[o] = sa; to[o + 1] = sb; to[o + 2] = sc; to[o + 3] = sd;
+      to[t * M + o] = ta; to[t * M + o + 1] = tb; to[t * M + o + 2] = tc; to[t * M + o + 3] = td;
+      to[u * M + o] = ua; to[u * M + o + 1] = ub; to[u * M + o + 2] = uc; to[u * M + o + 3] = ud;
     }
-    for (; o < weight.rows; o++) to[o] = dot(row, weight.row(o));
-    if (bias) for (o = 0; o < weight.rows; o++) to[o] += bias.data[o];
   }
-  return out;
+  return bias ? map(out, (value, i) => value + bias.data[i % M]) : out;
 }
 
 function dot(a, b) {
@@ -124,8 +121,9 @@ function naive_attention(q, k, v, heads, visible, maps, off) {
   return out;
 }
 
-// What a lesson switches off: in which tower, which block, which head (none: the block's attention and MLP, all of it).
-const NOTHING_OFF = {block: (tower, n) => false, head: (tower, n, h) => false, sees: (query, key) => true};
+// What a lesson may change: is this block of this tower ("clip" or "llama") left out, is this head, may the token at position
+// `query` look at the one at `key`, and which of CLIP's layers are read (null: the model's own).
+const NOTHING_OFF = {block: (tower, n) => false, head: (tower, n, h) => false, sees: (query, key) => true, layers: null};
 
 // -------------------------------------------------------------------------------------------------- tokenizer.py
 
@@ -317,7 +315,8 @@ class Llama {
   }
 
   // Embeddings (T, D) to normalised last hidden states (T, D). noted: {states, maps}, to be filled; the last state normalised.
-  call(x, cache, noted = {states: [], maps: []}, off = NOTHING_OFF) {
+  // last: return (1, D), the last token's; of the others the last block then computes keys and values only.
+  call(x, cache, noted = {states: [], maps: []}, off = NOTHING_OFF, last = false) {
     const {num_hidden_layers: depth, head_dim, rope_theta, sliding_window: window} = this.config, first = cache.length;
     if (first + x.rows > cache.max_length) throw new Error(`${x.rows} tokens after ${first} do not fit ${cache.max_length} slots`);
     const rope = rope_table(Array.from({length: x.rows}, (_, t) => first + t), head_dim, rope_theta);
@@ -325,25 +324,29 @@ class Llama {
     for (let n = 0; n < depth; n++) {
       noted.states.push(x);
       const w = name => this.weights.get(`language_model.layers.${n}.${name}.weight`);
-      if (!off.block("llama", n)) x = this.block(x, w, rope, visible, (k, v) => cache.write(n, k, v), noted.maps, h => off.head("llama", n, h));
+      const write = (k, v) => cache.write(n, k, v), only = last && n === depth - 1;
+      if (!off.block("llama", n)) x = this.block(x, w, rope, visible, write, noted.maps, h => off.head("llama", n, h), only);
     }
-    cache.length += x.rows;
+    cache.length += rope.cos.rows;
+    if (last) x = x.slice(x.rows - 1, x.rows);
     x = rms_norm(x, this.weights.get("language_model.norm.weight"), this.config.rms_norm_eps);
     noted.states.push(x);
     return x;
   }
 
-  block(x, w, rope, visible, write, maps, off) {
-    const eps = this.config.rms_norm_eps;
-    x = add(x, this.self_attn(rms_norm(x, w("input_layernorm"), eps), w, rope, visible, write, maps, off));
+  block(x, w, rope, visible, write, maps, off, last) {
+    const eps = this.config.rms_norm_eps, attended = this.self_attn(rms_norm(x, w("input_layernorm"), eps), w, rope, visible, write, maps, off, last);
+    x = add(last ? x.slice(x.rows - 1, x.rows) : x, attended);
     x = add(x, this.mlp(rms_norm(x, w("post_attention_layernorm"), eps), w));
     return x;
   }
 
-  self_attn(x, w, rope, visible, write, maps, off) {
-    const [q, k, v] = ["q", "k", "v"].map(p => linear(x, w(`self_attn.${p}_proj`)));
-    const [keys, values] = write(rotate(k, rope), v);  // (S, K·E)
-    return linear(naive_attention(rotate(q, rope), keys, values, this.config.num_attention_heads, visible, maps, off), w("self_attn.o_proj"));
+  self_attn(x, w, {cos, sin}, visible, write, maps, off, last) {
+    const k = rotate(linear(x, w("self_attn.k_proj")), cos, sin), v = linear(x, w("self_attn.v_proj")), before = last ? x.rows - 1 : 0;
+    const [keys, values] = write(k, v);  // (S, K·E)
+    const [asking, c, s] = [x, cos, sin].map(m => m.slice(before, m.rows)), q = rotate(linear(asking, w("self_attn.q_proj")), c, s);
+    const out = naive_attention(q, keys, values, this.config.num_attention_heads, (t, slot) => visible(before + t, slot), maps, off);
+    return linear(out, w("self_attn.o_proj"));
   }
 
   mlp(x, w) {
@@ -378,7 +381,7 @@ function rope_table(positions, head_dim, theta) {
 }
 
 // RoPE in the half-split form: of each head, the pair (a, b) of dimensions i and i + E/2 becomes (a cos − b sin, b cos + a sin).
-function rotate(x, {cos, sin}) {
+function rotate(x, cos, sin) {
   const half = cos.columns, out = new Matrix(x.rows, x.columns);
   for (let t = 0; t < x.rows; t++) {
     const row = x.row(t), to = out.row(t), c = cos.row(t), s = sin.row(t);
@@ -408,8 +411,8 @@ class Llava {
   }
 
   // A picture (3, S·S) -> features (P, D) in the space of the word embeddings.
-  encode_images(pixel_values, noted, off) {
-    const states = this.vision_tower.call(pixel_values, this.config.vision_layers, noted, off);
+  encode_images(pixel_values, noted, off = NOTHING_OFF) {
+    const states = this.vision_tower.call(pixel_values, off.layers ?? this.config.vision_layers, noted, off);
     return this.projector(concatenate(states.map(state => this.config.keep_cls ? state : state.slice(1, state.rows))));
   }
 
@@ -431,8 +434,8 @@ class Llava {
   *generate(input_ids, features, cache, {max_new_tokens = 128, temperature = 0, top_p = 1, random = Math.random, off} = {}) {
     let x = this.embed(input_ids, features);
     for (let step = 0; step < max_new_tokens && cache.length + x.rows <= cache.max_length; step++) {
-      x = this.language_model.call(x, cache, undefined, off);
-      const logits = this.language_model.lm_head(x.slice(x.rows - 1, x.rows)).data;  // only the last position needs logits
+      x = this.language_model.call(x, cache, undefined, off, true);  // only the last position needs logits
+      const logits = this.language_model.lm_head(x).data;
       const token = sample(logits, temperature, top_p, random);
       yield {token, logits};
       if (this.config.eos_ids.includes(token)) return;
