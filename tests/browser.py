@@ -22,7 +22,7 @@ class Browser:
         self.address = f"http://127.0.0.1:{started[1]}/session"
         options = {"args": ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage", f"--window-size={width},{height}"]}
         capabilities = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}, "timeouts": {"script": 60_000}}
-        self.session = ""
+        self.session, self.file = "", None
         self.session = "/" + self.command("POST", "", capabilities={"alwaysMatch": capabilities})["sessionId"]
 
     def command(self, method, path, **body):
@@ -35,6 +35,7 @@ class Browser:
             raise RuntimeError(json.load(error)["value"]["message"]) from None
 
     def open(self, file):
+        self.file = file
         self.command("POST", "/url", url=file.resolve().as_uri())
 
     def run(self, script, *arguments):

@@ -466,7 +466,7 @@ function distribution(logits, temperature, top_p) {
   const order = Array.from(p.keys()).sort((a, b) => p[b] - p[a]);
   let likelier = 0;
   order.forEach((id, n) => {
-    const cut = n > 0 && likelier >= top_p;
+    const cut = n > 0 && top_p < 1 && likelier >= top_p;
     likelier += p[id];
     if (cut) p[id] = 0;
   });
