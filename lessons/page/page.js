@@ -277,6 +277,7 @@ async function ask() {
 async function go_on(ids, looks) {
   const mine = ++run, start = performance.now();
   let first = 0;
+  state.trace = null;  // until there is one of the new answer
   $("main").setAttribute("aria-busy", "true");
   $("said").textContent = "reading …";
   await frame();
@@ -315,7 +316,7 @@ function go_on_from(n, token) {
   state.answer[n] = {...state.answer[n], token};
   state.cache.truncate(state.prompt.length + n);
   show_answer();
-  go_on([token], false);
+  return go_on([token], false);
 }
 
 // Sliders: the same prompt, another draw.
@@ -324,10 +325,11 @@ function draw_again() {
   state.answer = [];
   state.word = 0;
   state.cache.truncate(state.prompt.length - 1);
-  go_on(state.prompt.slice(-1), false);
+  return go_on(state.prompt.slice(-1), false);
 }
 
 function show_answer() {
+  if (!state.answer.length) return;
   for (const id of ["answer", "words"]) {
     const focused = [...$(id).children].indexOf(document.activeElement);  // redrawn, it would be lost
     const buttons = state.answer.map(({token, logits}) => {
@@ -550,6 +552,7 @@ let comparison = 0;
 // What the switches change: a new answer, and the old answer's words with their probabilities before and after.
 async function compare() {
   const mine = ++comparison;
+  if (!state.answer.length) return;
   if (!switched()) {
     $("changed").textContent = `Nothing is switched off. The answer is “${text()}”`;
     $("compared").replaceChildren();
@@ -656,7 +659,7 @@ const TOUR = [
     text: "One head of the language model has been switched off, out of all of them. Nothing else is changed.",
     look: "the new answer. Put it on again and try others: most are hardly missed. Grey the patches of the thing that was asked for, and at last let no word look at the picture."},
 ];
-const choose_word = n => { state.word = Math.min(n, state.answer.length - 1); show_answer(); show_stages(); };
+const choose_word = n => { state.word = Math.max(0, Math.min(n, state.answer.length - 1)); show_answer(); show_stages(); };
 const choose_head = head => { state.head = head; show_stages(); };
 
 let step = -1;
@@ -672,10 +675,14 @@ async function tour(n) {
   $("tour-look").textContent = hint;
   $("back").disabled = n === 0;
   $("next").textContent = n + 1 < TOUR.length ? "Next" : "Done";
+  $("leave").hidden = n + 1 === TOUR.length;
   $("tour").focus();
   $(at).classList.add("now");
   await prepare();
-  $(at).scrollIntoView({behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth", block: "start"});
+  if (step !== n) return;
+  const narrow = matchMedia("(max-width: 46rem)").matches, calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  const shown = narrow ? $(at).querySelector("#form, .drawing, .result") : $(at);  // a telephone has no room for what stands above
+  shown.scrollIntoView({behavior: calm ? "auto" : "smooth", block: "start"});
 }
 
 // ----------------------------------------------------------------------------------------------------------- start
@@ -728,9 +735,9 @@ document.ondragover = event => event.preventDefault();
 document.ondrop = event => { event.preventDefault(); open_file(event.dataTransfer.files[0]); };
 
 $("form").onsubmit = event => { event.preventDefault(); ask(); };
-for (const [id, shown] of [["temperature", value => value], ["top-p", value => value]]) {
-  const now = () => { $(`${id}-now`).textContent = shown($(id).value); };
-  $(id).oninput = () => { now(); if (state.answer.length) show_answer(); };
+for (const id of ["temperature", "top-p"]) {
+  const now = () => { $(`${id}-now`).textContent = $(id).value; };
+  $(id).oninput = () => { now(); show_answer(); };
   $(id).onchange = draw_again;
   now();
 }
