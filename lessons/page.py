@@ -19,8 +19,9 @@ from safetensors.torch import save
 
 import marks
 from checkpoint import checkpoint_folder
-from clip import ImageProcessor
-from llava import Llava, LlavaConfig
+from config import LlavaConfig
+from images import ImageProcessor
+from llava import Llava
 from sample import fail
 from tiny import marked, world
 from tokenizer import SPECIAL_LITERALS, STYLES, TURN_MARKS, Tokenizer
@@ -75,11 +76,11 @@ def pictures(style):
 
 
 def marks_of(style):
-    """For ViP-LLaVA, what can be drawn on a picture: the words for each kind of mark, its width in pixels, the colours."""
+    """For ViP-LLaVA, the marks that can be drawn on a picture: the words for each kind, its width in pixels, the colours."""
     if style != "vip":
         return None
     scale = world.SIDE / marks.SIDE
-    widths = {kind: max(1, scale * form.width) for kind, form in marks.KINDS.items()}
+    widths = {kind: max(1, scale * sum(form.widths) / 2) for kind, form in marks.KINDS.items()}  # the middle of training's
     return {"relations": {kind: form.relation for kind, form in marks.KINDS.items()}, "widths": widths, "colours": marks.COLOURS}
 
 
@@ -133,7 +134,9 @@ def page(model, tokenizer, processor, examples):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m lessons.page", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m lessons.page", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.error = fail
     parser.add_argument("--model", default=HERE.parent / "tiny" / "llava", help="checkpoint folder [the bundled tiny/llava]")
     parser.add_argument("-o", "--out", type=Path, default=Path("page.html"), help="the page [page.html]")

@@ -1,6 +1,6 @@
 "use strict";
-/* LLaVA from pixels to words in plain JavaScript: tokenizer.py, images.py, clip.py, llama.py and llava.py once more, under
-the same names and in the same order, for one picture and one row of tokens. What a batch, padding and other number types ask
+/* LLaVA from pixels to words in plain JavaScript: tokenizer.py, images.py, clip.py, llama.py, llava.py and generate.py once
+more, under the same names, for one picture and one row of tokens. What a batch, padding and other number types ask
 for is left out; what a lesson asks for is put in: every part notes what it computes, and can be switched off (`off`).
 
 Shapes: P patches, T new tokens, S slots that can be attended to, D width, H heads, K key/value heads, E head width.
@@ -187,7 +187,8 @@ function expand_images(ids, image_id, count) { return ids.flatMap(id => id === i
 // The prompt of one question about one picture. style: a row of tokenizer.STYLES. What a user types is text and nothing else.
 function chat_prompt(question, style) {
   const literal = [...style.specials, ...style.turns].find(literal => question.includes(literal));
-  if (literal) throw new Error(`the question contains ${JSON.stringify(literal)}, which the model would not read as text; write it another way`);
+  const problem = "which the model would not read as text; write it another way";
+  if (literal) throw new Error(`the question contains ${JSON.stringify(literal)}, ${problem}`);
   return (style.system && style.system + style.separator) + style.begin + style.user + "<image>\n" + question + style.assistant;
 }
 
@@ -290,7 +291,8 @@ class CLIPVision {
 
 class KVCache {
   constructor(config, max_length) {
-    const make = () => Array.from({length: config.num_hidden_layers}, () => new Matrix(max_length, config.num_key_value_heads * config.head_dim));
+    const make = () => Array.from({length: config.num_hidden_layers},
+      () => new Matrix(max_length, config.num_key_value_heads * config.head_dim));
     Object.assign(this, {keys: make(), values: make(), length: 0, max_length});
   }
 
@@ -335,7 +337,8 @@ class Llama {
   }
 
   block(x, w, rope, visible, write, maps, off, last) {
-    const eps = this.config.rms_norm_eps, attended = this.self_attn(rms_norm(x, w("input_layernorm"), eps), w, rope, visible, write, maps, off, last);
+    const eps = this.config.rms_norm_eps,
+      attended = this.self_attn(rms_norm(x, w("input_layernorm"), eps), w, rope, visible, write, maps, off, last);
     x = add(last ? x.slice(x.rows - 1, x.rows) : x, attended);
     x = add(x, this.mlp(rms_norm(x, w("post_attention_layernorm"), eps), w));
     return x;
@@ -453,12 +456,15 @@ function concatenate(states) {
 
 // Put picture features (P, D) in the place of the <image> tokens' embeddings (T, D), in order.
 function splice(embeds, is_image, features) {
-  if (is_image.filter(Boolean).length !== features.rows) throw new Error(`${is_image.filter(Boolean).length} <image> tokens for ${features.rows} features`);
+  const count = is_image.filter(Boolean).length;
+  if (count !== features.rows) throw new Error(`${count} <image> tokens for ${features.rows} features`);
   const out = new Matrix(embeds.rows, embeds.columns, embeds.data.slice());
   let next = 0;
   is_image.forEach((image, t) => { if (image) out.row(t).set(features.row(next++)); });
   return out;
 }
+
+// --------------------------------------------------------------------------------------------------- generate.py
 
 // The probabilities that a token is drawn with: temperature first, then the fewest of the likeliest that reach top_p.
 function distribution(logits, temperature, top_p) {

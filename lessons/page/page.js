@@ -8,7 +8,6 @@ const tokenizer = new Tokenizer(data.tokenizer), processor = new ImageProcessor(
 
 const SIDE = config.vision.image_size, PATCH = config.vision.patch_size, GRID = Math.floor(SIDE / PATCH), P = GRID * GRID;
 const LONGEST = 96;  // tokens of an answer, at the most
-const STATES = Math.max(...config.vision_layers.map(k => k < 0 ? k + config.vision.num_hidden_layers + 1 : k)) + 1;  // of CLIP, that are computed
 
 const state = {
   base: null, things: [], pixels: null, features: null,  // the picture: as chosen, what was drawn on it, as the model reads it
@@ -24,7 +23,10 @@ const $ = id => document.getElementById(id);
 
 function make(tag, properties = {}, ...children) {
   const element = document.createElement(tag);
-  for (const [name, value] of Object.entries(properties)) name.includes("-") || name === "role" ? element.setAttribute(name, value) : element[name] = value;
+  for (const [name, value] of Object.entries(properties)) {
+    if (name.includes("-") || name === "role") element.setAttribute(name, value);
+    else element[name] = value;
+  }
   element.append(...children);
   return element;
 }
@@ -68,14 +70,16 @@ function bars(list, rows) {
     const word = pick ? make("button", {type: "button", onclick: pick, "aria-pressed": Boolean(chosen)}, label) : make("span", {}, label);
     const bar = make("span", {className: "bar", "aria-hidden": "true"});
     bar.style.setProperty("--p", Math.max(0, Math.min(1, p)));
-    return make("li", {className: cut ? "cut" : ""}, word, bar, make("span", {className: "number"}, text ?? percent(p) + (cut ? " cut" : "")));
+    return make("li", {className: cut ? "cut" : ""}, word, bar,
+      make("span", {className: "number"}, text ?? percent(p) + (cut ? " cut" : "")));
   }));
 }
 
 // A token as it is shown: a space at its front is a space, what cannot be seen is named.
 function spelling(id) {
   if (config.eos_ids.includes(id)) return "(end)";
-  const [piece, , kind] = tokenizer.pieces[id] ?? [Object.keys(tokenizer.specials).find(literal => tokenizer.specials[literal] === id) ?? `(${id})`];
+  const literal = Object.keys(tokenizer.specials).find(name => tokenizer.specials[name] === id);
+  const [piece, , kind] = tokenizer.pieces[id] ?? [literal ?? `(${id})`];  // the vocabulary may have rows that no token has
   const byte = kind === "byte" ? tokenizer.bytes.indexOf(id) : 0;
   return kind === "byte" && byte > 32 && byte < 127 ? String.fromCharCode(byte) : piece === "<0x0A>" ? "⏎" : piece.replaceAll("▁", " ");
 }
@@ -142,9 +146,12 @@ function paint(pen, {kind, colour, size, cell}) {
       square: [[45, 135, 225, 315], [1.25]],
       triangle: [[-90, 30, 150], [1.2]],
       star: [Array.from({length: 10}, (_, k) => 36 * k - 90), [1.2, 0.5]],
-      cross: [Array.from({length: 12}, (_, k) => 90 * Math.floor(k / 3) + [-19.8, 19.8, 45][k % 3]), [1.063, 1.063, 0.509]],  // an arm is 0.36 wide
+      cross: [Array.from({length: 12}, (_, k) => 90 * Math.floor(k / 3) + [-19.8, 19.8, 45][k % 3]), [1.063, 1.063, 0.509]],
     }[kind];
-    angles.forEach((angle, k) => pen.lineTo(x + radius * radii[k % radii.length] * Math.cos(turn(angle)), y + radius * radii[k % radii.length] * Math.sin(turn(angle))));
+    angles.forEach((angle, k) => {
+      const r = radius * radii[k % radii.length];
+      pen.lineTo(x + r * Math.cos(turn(angle)), y + r * Math.sin(turn(angle)));
+    });
   }
   pen.fill();
 }
@@ -164,7 +171,8 @@ function draw_mark(pen, {kind, colour, cell}) {
   if (kind === "point") pen.arc(x, y, pen.lineWidth, 0, 2 * Math.PI);
   if (kind === "scribble") { pen.moveTo(x - r, y); pen.bezierCurveTo(x - r / 2, y - 2 * r, x + r / 2, y + 2 * r, x + r, y); }
   if (kind === "arrow") {
-    const angle = Math.atan2(SIDE / 2 - y, SIDE / 2 - x), at = (length, turn) => [x + length * Math.cos(angle + turn), y + length * Math.sin(angle + turn)];
+    const angle = Math.atan2(SIDE / 2 - y, SIDE / 2 - x),
+      at = (length, turn) => [x + length * Math.cos(angle + turn), y + length * Math.sin(angle + turn)];
     pen.moveTo(x, y);
     pen.lineTo(...at(20, 0));
     pen.stroke();
@@ -219,8 +227,9 @@ async function open_file(chosen) {
   const url = URL.createObjectURL(chosen);
   try {
     const picture = await load_picture(url);
-    if (picture.naturalWidth * picture.naturalHeight > 4e7) throw new Error(`the picture has ${picture.naturalWidth} × ${picture.naturalHeight} pixels; the page takes up to 40 million`);
-    own_picture(pixels_canvas(picture), `${chosen.name}, ${picture.naturalWidth} × ${picture.naturalHeight} pixels: resized to ${SIDE} and its middle kept, as the model was trained.`);
+    const size = `${picture.naturalWidth} × ${picture.naturalHeight} pixels`;
+    if (picture.naturalWidth * picture.naturalHeight > 4e7) throw new Error(`the picture has ${size}; the page takes up to 40 million`);
+    own_picture(pixels_canvas(picture), `${chosen.name}, ${size}: resized to ${SIDE}, and its middle kept, as the model was trained.`);
     look();
     ask();
   } catch (error) {
@@ -239,12 +248,14 @@ function own_picture(canvas, about) {
 // Put the chosen thing in a place, or take away the same thing there.
 function put(cell) {
   const chosen = Object.fromEntries(new FormData($("tools"))), mark = chosen.tool === "mark";
-  const thing = mark ? {mark, kind: chosen.mark, colour: chosen.ink, cell} : {mark, kind: chosen.kind, colour: chosen.colour, size: chosen.size, cell};
+  const thing = mark ? {mark, kind: chosen.mark, colour: chosen.ink, cell}
+    : {mark, kind: chosen.kind, colour: chosen.colour, size: chosen.size, cell};
   const same = state.things.find(there => JSON.stringify(there) === JSON.stringify(thing));
   state.things = state.things.filter(there => there !== same && (there.cell !== cell || there.mark !== mark));
   if (!same) state.things.push(thing);
   press([...$("examples").children], -1);
-  $("about-picture").textContent = `Your own scene: ${state.things.map(there => `${name_of(there)} ${data.world.places[there.cell]}`).join(", ") || "nothing drawn"}.`;
+  const all = state.things.map(there => `${name_of(there)} ${data.world.places[there.cell]}`).join(", ");
+  $("about-picture").textContent = `Your own scene: ${all || "nothing drawn"}.`;
   if (mark && !same) $("question").value = `What is ${data.marks.relations[thing.kind]} the ${thing.colour} ${thing.kind}?`;
   look();
   ask();
@@ -262,8 +273,9 @@ async function ask() {
   try {
     state.prompt = expand_images(tokenizer.encode(chat_prompt(state.question, data.style)), config.image_id, config.features_per_image);
     const room = config.text.max_position_embeddings;
-    if (state.prompt.length >= room) throw new Error(`the question has ${state.prompt.length} tokens with its picture; the model takes ${room - 1}. Ask a shorter one`);
-    state.cache = new KVCache(config.text, Math.min(state.prompt.length + LONGEST, room));
+    const length = state.prompt.length;
+    if (length >= room) throw new Error(`the question and its picture are ${length} tokens, more than the ${room - 1} that fit; shorten it`);
+    state.cache = new KVCache(config.text, Math.min(length + LONGEST, room));
   } catch (error) {
     $("error").textContent = error.message;
     return;
@@ -292,7 +304,8 @@ async function go_on(ids, looks) {
     if (mine !== run) return;
     if (ended()) break;
   }
-  const more = state.answer.length > 1 ? `, then ${((performance.now() - start - first) / (state.answer.length - 1)).toFixed(0)} ms each` : "";
+  const more = state.answer.length > 1 ? `, then ${((performance.now() - start - first) / (state.answer.length - 1)).toFixed(0)} ms each`
+    : "";
   $("said").textContent = `“${text()}” ${first ? `First word after ${first.toFixed(0)} ms${more}.` : ""}`;
   state.word = top_ids(state.answer.map(({token, logits}) => -softmax(logits)[token]), 1)[0];  // the one that was least sure
   show_answer();
@@ -308,7 +321,8 @@ async function go_on(ids, looks) {
 
 const said = () => tokenizer.decode(state.answer.map(({token}) => token));
 const text = () => said().split(data.style.end)[0].trim();
-const ended = () => state.answer.length > 0 && (config.eos_ids.includes(state.answer.at(-1).token) || said().includes(data.style.end) || state.answer.length >= LONGEST);
+const ended = () => state.answer.length > 0
+  && (config.eos_ids.includes(state.answer.at(-1).token) || said().includes(data.style.end) || state.answer.length >= LONGEST);
 
 // The answer goes on from its n-th word, which is now this token.
 function go_on_from(n, token) {
@@ -339,7 +353,8 @@ function show_answer() {
       return button;
     });
     grid($(id), 1000, buttons, choose_word);
-    $(id).replaceChildren(...buttons.flatMap(button => button.className.includes("space") ? [button] : ["\u2060", button]));  // no line ends before it
+    // No line ends before what follows without a space: a word joiner stands there.
+    $(id).replaceChildren(...buttons.flatMap(button => button.className.includes("space") ? [button] : ["\u2060", button]));
     press(buttons, state.word);
     buttons[focused]?.focus();
   }
@@ -367,10 +382,12 @@ function draw_map(canvas, weights, side, numbered, chosen) {
     pen.fillStyle = `rgba(12, 18, 28, ${0.85 * (1 - Math.max(0, weight) / most)})`;
     pen.fillRect(n % GRID * size, Math.floor(n / GRID) * size, size, size);
   });
-  const boxed = (n, width) => pen.strokeRect(n % GRID * size + width / 2, Math.floor(n / GRID) * size + width / 2, size - width, size - width);
+  const boxed = (n, width) =>
+    pen.strokeRect(n % GRID * size + width / 2, Math.floor(n / GRID) * size + width / 2, size - width, size - width);
   top_ids(weights, numbered).forEach((n, k) => {
     const x = n % GRID * size + size / 2, y = Math.floor(n / GRID) * size + size / 2;
-    [pen.strokeStyle, pen.lineWidth, pen.font, pen.textAlign, pen.textBaseline] = ["#fff", 2, `bold ${size * 0.55}px sans-serif`, "center", "middle"];
+    [pen.font, pen.textAlign, pen.textBaseline] = [`bold ${size * 0.55}px sans-serif`, "center", "middle"];
+    [pen.strokeStyle, pen.lineWidth] = ["#fff", 2];
     boxed(n, 3);
     [pen.strokeStyle, pen.fillStyle, pen.lineWidth] = ["#000", "#fff", 4];
     pen.strokeText(k + 1, x, y);
@@ -407,7 +424,8 @@ function show_stages() {
       plane.forEach((value, i) => image.data.set([...Array(3).fill(255 * (value - low) / (high - low || 1)), 255], 4 * i));
       pen.putImageData(image, 0, 0);
     };
-    return figure(draw, `${name}: ${number(low)} to ${number(high)}`, `the ${name} plane, bright where there is much ${name}, from ${number(low)} to ${number(high)}`);
+    return figure(draw, `${name}: ${number(low)} to ${number(high)}`,
+      `the ${name} plane, bright where there is much ${name}, from ${number(low)} to ${number(high)}`);
   }));
 
   // 2. Patches
@@ -419,12 +437,14 @@ function show_stages() {
   vector.forEach((value, i) => pen.fillRect(3 * i, 60, 2, -58 * value / most));
   pen.fillRect(0, 60, canvas.width, 1);
   canvas.setAttribute("aria-label", `${vector.length} numbers as bars, up and down`);
-  $("vector-says").textContent = `Patch ${state.patch + 1} (${place(state.patch)}) as ${vector.length} numbers, the largest ${most.toFixed(2)}, with its position added and normalised.`;
+  const numbers = `${vector.length} numbers, the largest ${number(most)}`;
+  $("vector-says").textContent = `Patch ${state.patch + 1} (${place(state.patch)}) as ${numbers}, with its position added and normalised.`;
   press(tiles, state.patch);
   press(nearest, state.patch);
 
   // 3. CLIP
-  shape("clip", `(1, ${1 + P}, ${config.vision.hidden_size}) after each of ${config.vision.num_hidden_layers} blocks; read is state ${names_of(config.vision_layers)}`);
+  const read_is = `read is state ${names_of(config.vision_layers)}`;
+  shape("clip", `(1, ${1 + P}, ${config.vision.hidden_size}) after each of ${config.vision.num_hidden_layers} blocks; ${read_is}`);
   const alike = vision.states.map(x => Array.from({length: P}, (_, n) => cosine(x.row(1 + state.patch), x.row(1 + n))));
   $("similar").replaceChildren(...alike.map((cosines, k) => {
     const low = Math.min(...cosines), weights = cosines.map(c => (c - low) / (1 - low + 1e-9));
@@ -432,12 +452,16 @@ function show_stages() {
       `after ${k} blocks, cosines from ${number(low)}; most alike are ${top_ids(cosines, 4).slice(1).map(place).join("; ")}`);
   }));
   const closest = alike.map(cosines => top_ids(cosines, 2)[1]);
-  $("similar-says").textContent = `Most like the patch at ${place(state.patch)}: before the first block the one at ${place(closest[0])}, after the last that is read the one at ${place(closest.at(-1))}.`;
+  $("similar-says").textContent = `Most like the patch at ${place(state.patch)}: before the first block the one at ${place(closest[0])}, `
+    + `after the last that is read the one at ${place(closest.at(-1))}.`;
 
   // 4. Projector
   shape("projector", `(1, ${P}, ${features.columns})`);
   const table = model.weights.get("language_model.embed_tokens.weight"), words = Array.from(tokenizer.ids.values());
-  const near = n => { const c = words.map(id => cosine(features.row(first + n), table.row(id))); return top_ids(c, 5).map(i => [words[i], c[i]]); };
+  const near = n => {
+    const c = words.map(id => cosine(features.row(first + n), table.row(id)));
+    return top_ids(c, 5).map(i => [words[i], c[i]]);
+  };
   nearest.forEach((button, n) => {
     const [[id, c]] = near(n);
     button.textContent = label(id);
@@ -450,11 +474,13 @@ function show_stages() {
   shape("splice", `(1, ${state.prompt.length}, ${features.columns})`);
   const chips = [];
   state.prompt.forEach((id, t) => {
-    if (id !== config.image_id) chips.push(make("span", {}, spelling(id).replace(" ", "␣"), make("sub", {}, `${id}`), make("sub", {}, `${t}`)));
+    const text = spelling(id).replace(" ", "␣");
+    if (id !== config.image_id) chips.push(make("span", {}, text, make("sub", {}, `${id}`), make("sub", {}, `${t}`)));
     else if (state.prompt[t - 1] !== id) {
       const mini = make("canvas", {role: "img", "aria-label": `the picture's ${config.features_per_image} vectors`});
       draw_map(mini, Array(P).fill(1), 152, 0);
-      chips.push(make("span", {className: "picture"}, mini, `${config.features_per_image} vectors`, make("sub", {}, `${t} to ${t + config.features_per_image - 1}`)));
+      chips.push(make("span", {className: "picture"}, mini, `${config.features_per_image} vectors`,
+        make("sub", {}, `${t} to ${t + config.features_per_image - 1}`)));
     }
   });
   $("sequence").replaceChildren(...chips);
@@ -466,16 +492,19 @@ function show_stages() {
   head_canvases.forEach((canvas, i) => {
     const weights = looked(Math.floor(i / heads), i % heads).slice(start, start + P), sum = weights.reduce((a, b) => a + b, 0);
     draw_map(canvas, weights, 64, 0);
-    canvas.parentElement.setAttribute("aria-label", `block ${Math.floor(i / heads) + 1}, head ${i % heads + 1}: ${percent(sum)} on the picture`);
+    canvas.parentElement.setAttribute("aria-label",
+      `block ${Math.floor(i / heads) + 1}, head ${i % heads + 1}: ${percent(sum)} on the picture`);
   });
   state.head ??= hardest(attentions, row, start);
   const weights = looked(...state.head), seen = weights.slice(start, start + P), share = seen.reduce((a, b) => a + b, 0);
   press(head_buttons, state.head[0] * heads + state.head[1]);
   draw_map($("attention"), seen, 448, 3);
   const ids = [...state.prompt, ...state.answer.map(({token}) => token)], name = `block ${state.head[0] + 1}, head ${state.head[1] + 1}`;
-  const read = top_ids(weights.map((w, t) => ids[t] === config.image_id ? 0 : w), 3).map(t => `“${label(ids[t])}” ${percent(weights[t])}`);
-  $("attention-says").textContent = `For “${label(state.answer[state.word].token)}”, ${name} gave the picture ${percent(share)} of its attention` +
-    `, most to ${top_ids(seen, 3).map((n, k) => `(${k + 1}) ${place(n)}`).join(", ")}; of the words most to ${read.join(", ")}.`;
+  const read = top_ids(weights.map((w, t) => ids[t] === config.image_id ? 0 : w), 3)
+    .map(t => `“${label(ids[t])}” ${percent(weights[t])}`);
+  const where = top_ids(seen, 3).map((n, k) => `(${k + 1}) ${place(n)}`).join(", "), chosen = label(state.answer[state.word].token);
+  $("attention-says").textContent = `For “${chosen}”, ${name} gave the picture ${percent(share)} of its attention, most to ${where}; `
+    + `of the words most to ${read.join(", ")}.`;
   $("attention").setAttribute("aria-label", $("attention-says").textContent);
 
   // 7. The residual stream
@@ -568,19 +597,26 @@ async function compare() {
   await frame();
   if (mine !== comparison) return;
   const cache = new KVCache(config.text, state.cache.max_length), words = [];
-  for (const {token} of model.generate(state.prompt, model.encode_images(pixels, undefined, ablated), cache, {max_new_tokens: LONGEST, off: ablated})) {
+  for (const {token} of model.generate(state.prompt, model.encode_images(pixels, undefined, ablated), cache,
+    {max_new_tokens: LONGEST, off: ablated})) {
     words.push(token);
     if (tokenizer.decode(words).includes(data.style.end)) break;
   }
-  const fall = after.reduce((sum, p, n) => sum + Math.log(before[n]) - Math.log(Math.max(p, 1e-30)), 0), now = tokenizer.decode(words).split(data.style.end)[0].trim();
-  const times = Math.abs(fall) < 0.1 ? "about as likely as before" : `${rounded(Math.exp(Math.abs(fall)))} times ${fall > 0 ? "less" : "more"} likely than before`;
-  $("changed").textContent = `${now === text() ? "The answer stays" : "The answer becomes"} “${now}” The old one, word for word, is ${times}.`;
-  $("compared").replaceChildren(make("li", {className: "compare"}, make("small", {}, "word"), make("small", {}, "before: outline; after: filled"), make("small", {className: "number"}, "before"), make("small", {className: "number"}, "after")),
+  const fall = after.reduce((sum, p, n) => sum + Math.log(before[n]) - Math.log(Math.max(p, 1e-30)), 0),
+    now = tokenizer.decode(words).split(data.style.end)[0].trim();
+  const times = Math.abs(fall) < 0.1 ? "about as likely as before"
+    : `${rounded(Math.exp(Math.abs(fall)))} times ${fall > 0 ? "less" : "more"} likely than before`;
+  const becomes = now === text() ? "The answer stays" : "The answer becomes";
+  $("changed").textContent = `${becomes} “${now}” The old one, word for word, is ${times}.`;
+  const titles = ["word", "before: outline; after: filled", "before", "after"];
+  $("compared").replaceChildren(
+    make("li", {className: "compare"}, ...titles.map((title, n) => make("small", {className: n > 1 ? "number" : ""}, title))),
     ...tokens.map((token, n) => {
       const [outline, filled] = [make("span", {className: "bar before"}), make("span", {className: "bar"})];
       outline.style.setProperty("--p", before[n]);
       filled.style.setProperty("--p", after[n]);
-      return make("li", {className: "compare"}, make("span", {}, label(token)), make("span", {className: "bars-two", "aria-hidden": "true"}, outline, filled),
+      return make("li", {className: "compare"}, make("span", {}, label(token)),
+        make("span", {className: "bars-two", "aria-hidden": "true"}, outline, filled),
         make("span", {className: "number"}, percent(before[n])), make("span", {className: "number"}, percent(after[n])));
     }));
 }
@@ -594,8 +630,11 @@ function toggle(set, value, button) {
 function switches(element, tower, blocks, heads) {
   element.style.gridTemplateColumns = `repeat(${1 + heads}, minmax(0, 1fr))`;
   const rows = Array.from({length: blocks}, (_, n) => [
-    make("button", {type: "button", "aria-pressed": "false", "data-part": `${tower} ${n}`, onclick: event => toggle(off.blocks, `${tower} ${n}`, event.currentTarget)}, `block ${n + 1}`),
-    ...Array.from({length: heads}, (_, h) => make("button", {type: "button", "aria-pressed": "false", "aria-label": `block ${n + 1}, head ${h + 1}`, "data-part": `${tower} ${n} ${h}`,
+    make("button", {type: "button", "aria-pressed": "false", "data-part": `${tower} ${n}`,
+      onclick: event => toggle(off.blocks, `${tower} ${n}`, event.currentTarget)}, `block ${n + 1}`),
+    ...Array.from({length: heads},
+      (_, h) => make("button", {type: "button", "aria-pressed": "false", "aria-label": `block ${n + 1}, head ${h + 1}`,
+        "data-part": `${tower} ${n} ${h}`,
       onclick: event => toggle(off.heads, `${tower} ${n} ${h}`, event.currentTarget)}, `head ${h + 1}`)),
   ]);
   element.replaceChildren(...rows.flat());
@@ -604,9 +643,12 @@ function switches(element, tower, blocks, heads) {
 function show_blind() {
   for (const position of [...off.blind]) if (position >= state.prompt.length + LONGEST) off.blind.delete(position);
   const texts = [...state.prompt, ...state.answer.map(({token}) => token)], after = state.prompt.lastIndexOf(config.image_id) + 1;
-  const buttons = texts.flatMap((id, t) => t < after ? [] : [make("button", {type: "button", "aria-pressed": off.blind.has(t), onclick: event => toggle(off.blind, t, event.currentTarget)}, spelling(id).trim() || "␣")]);
+  const buttons = texts.flatMap((id, t) => t < after ? []
+    : [make("button", {type: "button", "aria-pressed": off.blind.has(t), onclick: event => toggle(off.blind, t, event.currentTarget)},
+      spelling(id).trim() || "␣")]);
   const all = make("button", {type: "button", "aria-pressed": "false", onclick: () => {
-    const every = Array.from({length: state.prompt.length + LONGEST - after}, (_, n) => after + n), whole = every.every(t => off.blind.has(t));
+    const every = Array.from({length: state.prompt.length + LONGEST - after}, (_, n) => after + n),
+      whole = every.every(t => off.blind.has(t));
     off.blind = new Set(whole ? [] : every);
     show_blind();
     compare();
@@ -620,7 +662,8 @@ const names_of = layers => layers.map(k => `${k}`.replace("-", "−")).join(", "
 function read_layers(layers) {
   off.layers = layers;
   const depth = Math.max(...(layers ?? config.vision_layers).map(k => k < 0 ? k + config.vision.num_hidden_layers + 1 : k));
-  [...$("clip-switches").children].forEach((button, n) => { button.disabled = Math.floor(n / (1 + config.vision.num_attention_heads)) >= depth; });
+  const row = 1 + config.vision.num_attention_heads;
+  [...$("clip-switches").children].forEach((button, n) => { button.disabled = Math.floor(n / row) >= depth; });
   if (state.answer.length) compare();
 }
 
@@ -633,31 +676,16 @@ function restore() {
 
 // ------------------------------------------------------------------------------------------------------------ tour
 
-// What each step says, what to look for, where it is, and what is set up for it; data.tour says which patch, word and head.
-const set = data.tour;
-const TOUR = [
-  {title: "a question", at: "ask",
-    text: "The model reads the picture and the question, and writes its answer token by token; a token is a word, or a piece of one. The list has the ten that it held likeliest for the marked one.",
-    look: "how sure it is of each. Then choose something else in the list: the answer goes on from there. Does the rest still fit the picture?",
-    prepare: async () => { restore(); await show_example(0); $("question").value = set.question; await ask(); choose_word(set.word); }},
-  {title: "patches", at: "stage-patches", prepare: () => choose_patch(set.patch),
-    text: "The picture is cut into squares, and each becomes a row of numbers. Nothing else of the picture goes on from here.",
-    look: "a shape that several patches share. Not one of them holds all of it. Choose patches, with and without a shape in them: how do their numbers differ?"},
-  {title: "patches that know of each other", at: "stage-clip", prepare: () => choose_patch(set.patch),
-    text: "In CLIP's blocks each patch reads from all others and adds what it finds to its own numbers. A patch that began as a bit of colour ends as a part of something.",
-    look: "the patches that belong to the same shape as the chosen one. Are they alike before the first block? After the last?"},
-  {title: "no words yet", at: "stage-projector", prepare: () => choose_patch(set.patch),
-    text: "The projector brings the patches into the space in which the language model has its words. A cosine of 1 would be the very direction of a word.",
-    look: "how small the cosines are, even for the nearest word. The patches are not translated into words; the language model has learnt to read them as they are."},
-  {title: "where it looks", at: "stage-attention", prepare: () => { choose_word(set.word); choose_head(set.head); },
-    text: "To choose each word, every head of every block looks back over the sequence, picture and text, and takes something from there.",
-    look: "a head that looks at what the word is about. Then choose the next word: do the same heads look elsewhere? Others never look at the picture much; the line below says how much."},
-  {title: "from block to block", at: "stage-stream", prepare: () => choose_word(set.word),
-    text: "Each block adds to what the ones before have written. Read early, the state gives another answer, or none.",
-    look: "the block after which the right word stands there (it is underlined). Is it the same for every word? Below, move the slider: what stands at the patches of a shape?"},
-  {title: "what it needs", at: "ablate", prepare: () => { restore(); $("llama-switches").querySelector(`[data-part="${set.off}"]`).click(); },
-    text: "One head of the language model has been switched off, out of all of them. Nothing else is changed.",
-    look: "the new answer. Put it on again and try others: most are hardly missed. Grey the patches of the thing that was asked for, and at last let no word look at the picture."},
+// What is set up for each step; data.tour says with which question, patch, word and head. What the steps say is in page.html.
+const set = data.tour, steps = [...$("steps").children];
+const prepare = [
+  async () => { restore(); await show_example(0); $("question").value = set.question; await ask(); choose_word(set.word); },
+  () => choose_patch(set.patch),
+  () => choose_patch(set.patch),
+  () => choose_patch(set.patch),
+  () => { choose_word(set.word); choose_head(set.head); },
+  () => choose_word(set.word),
+  () => { restore(); $("llama-switches").querySelector(`[data-part="${set.off}"]`).click(); },
 ];
 const choose_word = n => { state.word = Math.max(0, Math.min(n, state.answer.length - 1)); show_answer(); show_stages(); };
 const choose_head = head => { state.head = head; show_stages(); };
@@ -669,19 +697,17 @@ async function tour(n) {
   step = n;
   $("tour").hidden = n < 0;
   if (n < 0) { $("start-tour").focus(); return; }
-  const {title, text, look: hint, at, prepare} = TOUR[n];
-  $("tour-title").textContent = `${n + 1} of ${TOUR.length}: ${title}`;
-  $("tour-text").textContent = text;
-  $("tour-look").textContent = hint;
+  steps.forEach((element, k) => { element.hidden = k !== n; });
   $("back").disabled = n === 0;
-  $("next").textContent = n + 1 < TOUR.length ? "Next" : "Done";
-  $("leave").hidden = n + 1 === TOUR.length;
+  $("next").textContent = n + 1 < steps.length ? "Next" : "Done";
+  $("leave").hidden = n + 1 === steps.length;
   $("tour").focus();
-  $(at).classList.add("now");
-  await prepare();
+  const place = $(steps[n].dataset.at);
+  place.classList.add("now");
+  await prepare[n]();
   if (step !== n) return;
   const narrow = matchMedia("(max-width: 46rem)").matches, calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
-  const shown = narrow ? $(at).querySelector("#form, .drawing, .result") : $(at);  // a telephone has no room for what stands above
+  const shown = narrow ? place.querySelector("#form, .drawing, .result") : place;  // a telephone has no room for what stands above
   shown.scrollIntoView({behavior: calm ? "auto" : "smooth", block: "start"});
 }
 
@@ -699,9 +725,11 @@ grey.forEach((button, n) => { button.setAttribute("aria-label", `patch at ${plac
 square($("canvas"), 3, put).forEach(button => { button.disabled = true; });
 
 const head_canvases = Array.from({length: blocks * heads}, () => make("canvas", {"aria-hidden": "true"}));
-const head_buttons = grid($("heads"), heads, head_canvases.map(canvas => make("button", {}, canvas)), n => choose_head([Math.floor(n / heads), n % heads]));
+const head_buttons = grid($("heads"), heads, head_canvases.map(canvas => make("button", {}, canvas)),
+  n => choose_head([Math.floor(n / heads), n % heads]));
 $("heads").style.gridTemplateColumns = `auto repeat(${heads}, minmax(0, 1fr))`;
-$("heads").replaceChildren(...head_buttons.flatMap((button, n) => n % heads ? [button] : [make("span", {}, `block ${n / heads + 1}`), button]));
+$("heads").replaceChildren(...head_buttons.flatMap((button, n) => n % heads ? [button]
+  : [make("span", {}, `block ${n / heads + 1}`), button]));
 
 switches($("clip-switches"), "clip", config.vision.num_hidden_layers, config.vision.num_attention_heads);
 switches($("llama-switches"), "llama", blocks, heads);
@@ -720,12 +748,15 @@ for (const question of new Set(data.suggestions)) {
   $("suggestions").append(make("button", {type: "button", onclick: () => { $("question").value = question; ask(); }}, question));
 }
 
-const choice = (name, values, title) => make("fieldset", {}, make("legend", {}, title), make("div", {className: "choices"}, ...values.map((value, n) =>
+const choice = (name, values, title) =>
+  make("fieldset", {}, make("legend", {}, title), make("div", {className: "choices"}, ...values.map((value, n) =>
   make("label", {}, make("input", {type: "radio", name, value, checked: n === 0}), ` ${value}`))));
-$("tools").append(choice("kind", data.world.kinds, "Shape"), choice("colour", Object.keys(data.world.colours), "Colour"), choice("size", ["large", "small"], "Size"));
+$("tools").append(choice("kind", data.world.kinds, "Shape"), choice("colour", Object.keys(data.world.colours), "Colour"),
+  choice("size", ["large", "small"], "Size"));
 if (data.marks) {
   $("tools").prepend(choice("tool", ["mark", "thing"], "Put"));
-  $("tools").append(choice("mark", Object.keys(data.marks.relations), "Mark"), choice("ink", Object.keys(data.marks.colours), "Colour of the mark"));
+  $("tools").append(choice("mark", Object.keys(data.marks.relations), "Mark"),
+    choice("ink", Object.keys(data.marks.colours), "Colour of the mark"));
 }
 $("tools").onsubmit = event => event.preventDefault();
 $("empty").onclick = () => { own_picture(empty_ground(), "Your own scene: nothing drawn."); look(); ask(); };
@@ -746,9 +777,10 @@ $("depth").oninput = show_stages;
 $("restore").onclick = restore;
 $("start-tour").onclick = () => tour(0);
 $("back").onclick = () => tour(step - 1);
-$("next").onclick = () => tour(step + 1 < TOUR.length ? step + 1 : -1);
+$("next").onclick = () => tour(step + 1 < steps.length ? step + 1 : -1);
 $("leave").onclick = () => tour(-1);
 $("tour").onkeydown = event => { if (event.key === "Escape") tour(-1); };
-$("parameters").textContent = `${(Array.from(model.weights.values(), w => w.data.length).reduce((a, b) => a + b, 0) / 1e6).toFixed(1)} million`;
+const parameters = Array.from(model.weights.values(), weight => weight.data.length).reduce((a, b) => a + b, 0);
+$("parameters").textContent = `${(parameters / 1e6).toFixed(1)} million`;
 
 const ready = show_example(0).then(ask);
