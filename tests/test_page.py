@@ -392,10 +392,9 @@ def test_the_page_of_a_vip_llava_draws_marks(browser, bundled, tmp_path):
       for (const mark of Object.keys(data.marks.relations)) {
         document.querySelector(`#tools [name=mark][value="${mark}"]`).checked = true;
         $("canvas").children[4].click();
-        const cells = new Set();
-        const cell = i => Math.floor(i % (112 * 112) / 112 / 37.4) * 3 + Math.floor(i % 112 / 37.4);
-        state.pixels.data.forEach((value, i) => { if (value !== before[i]) cells.add(cell(i)); });
-        changed[mark] = [[...cells], $("question").value];
+        const cells = Array(9).fill(0), cell = i => Math.floor(i % (112 * 112) / 112 * 3 / 112) * 3 + Math.floor(i % 112 * 3 / 112);
+        state.pixels.data.forEach((value, i) => { if (value !== before[i]) cells[cell(i)]++; });
+        changed[mark] = [cells, $("question").value];
         $("canvas").children[4].click();  // and away again
         if (state.pixels.data.some((value, i) => value !== before[i])) throw new Error(`the ${mark} stays`);
       }
@@ -404,7 +403,7 @@ def test_the_page_of_a_vip_llava_draws_marks(browser, bundled, tmp_path):
     """)
     assert {*marks[0]} == {*KINDS} and browser.log() == []
     for kind, (cells, question) in marks[0].items():
-        assert 4 in cells and (len(cells) == 1 or kind in ("scribble", "arrow")), (kind, cells)
+        assert cells[4] > 40 and cells[4] > sum(cells) * (0.5 if kind == "arrow" else 0.9), (kind, cells)  # an arrow's tail is elsewhere
         assert question == f"What is {Mark(kind, (10, 10, 30, 30)).words}?"
     prompt = chat_prompt([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": marks[2]}]}], "vip")
     assert marks[1] == expand_images(bundled.tokenizer.encode(prompt), config.image_id, 64)

@@ -158,7 +158,7 @@ function paint(pen, {kind, colour, size, cell}) {
 
 // ViP-LLaVA's marks around the middle of a place, as marks.py draws them: {kind, colour, cell}.
 function draw_mark(pen, {kind, colour, cell}) {
-  const third = SIDE / 6, x = third * (2 * (cell % 3) + 1), y = third * (2 * Math.floor(cell / 3) + 1), r = third * 0.95;
+  const third = SIDE / 6, x = third * (2 * (cell % 3) + 1), y = third * (2 * Math.floor(cell / 3) + 1), r = third * 0.9;
   const rgb = data.marks.colours[colour];
   pen.strokeStyle = `rgba(${rgb}, 0.85)`;
   pen.fillStyle = `rgba(${rgb}, ${kind === "mask" ? 0.45 : 0.85})`;
@@ -543,7 +543,8 @@ function show_stream(states, start) {
   });
   const heads = state.answer.map(({token}, n) => make("th", {scope: "col", className: n === state.word ? "chosen" : ""}, label(token)));
   $("stream").replaceChildren(make("thead", {}, make("tr", {}, make("td", {}, "the answer"), ...heads)), make("tbody", {}, ...rows));
-  $("stream").parentElement.scrollLeft = $("stream").querySelector("th.chosen").offsetLeft - 120;
+  const box = $("stream").parentElement, column = $("stream").querySelector("th.chosen");
+  box.scrollLeft = column.offsetLeft + column.offsetWidth > box.clientWidth ? column.offsetLeft - 120 : 0;
   $("depth-now").textContent = block ? `after block ${block}` : "before the first block";
   const at_patches = next_words(states[block].slice(start, start + P), block === last);
   $("lens").style.gridTemplate = `repeat(${GRID}, 1fr) / repeat(${GRID}, 1fr)`;
@@ -754,9 +755,8 @@ const choice = (name, values, title) =>
 $("tools").append(choice("kind", data.world.kinds, "Shape"), choice("colour", Object.keys(data.world.colours), "Colour"),
   choice("size", ["large", "small"], "Size"));
 if (data.marks) {
-  $("tools").prepend(choice("tool", ["mark", "thing"], "Put"));
-  $("tools").append(choice("mark", Object.keys(data.marks.relations), "Mark"),
-    choice("ink", Object.keys(data.marks.colours), "Colour of the mark"));
+  const [kinds, inks] = [data.marks.relations, data.marks.colours].map(Object.keys);
+  $("tools").prepend(choice("tool", ["mark", "thing"], "Put"), choice("mark", kinds, "Mark"), choice("ink", inks, "Colour of the mark"));
 }
 $("tools").onsubmit = event => event.preventDefault();
 $("empty").onclick = () => { own_picture(empty_ground(), "Your own scene: nothing drawn."); look(); ask(); };
