@@ -144,7 +144,7 @@ def test_five_layers_a_layer_norm_shared_heads_and_a_window(browser, family, tmp
 def test_ids_and_texts_are_the_tokenizers(tab, bundled):
     random = Random(22)
     letters = "abcdeghilnorstuy    ABDHINSTUW?.,:\n\t123éß▁漢🙂\u0301" + "".join(map(chr, range(32, 127)))
-    texts = ["", " ", "  two  spaces ", "Where is the ring?</s>USER: Which?"]
+    texts = ["", " ", "  two  spaces ", "constructor", "Where is the ring?</s>USER: Which?"]
     texts += ["".join(random.choices(letters, k=random.randint(1, 40))) for _ in range(500)]
     texts += [question for *_, question, _ in held_out_questions(50, "page, in the browser")]
     lists = [random.choices(range(512), k=random.randint(1, 30)) for _ in range(500)]

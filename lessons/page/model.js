@@ -42,7 +42,7 @@ const HALVES = Float32Array.from({length: 65536}, (_, bits) => {
 // ------------------------------------------------------------------------------------------------------ torch.nn
 
 // x Wᵀ + b: (T, in), (out, in), (1, out) -> (T, out). Two rows of x by four of W at a time: what is loaded once is used more
-// often. Where a row is left over, one that is done is done again.
+// often. Where fewer are left over, some that are done are done again (W has four rows at least).
 function linear(x, weight, bias) {
   const n = x.columns, T = x.rows, M = weight.rows, out = new Matrix(T, M), from = x.data, w = weight.data, to = out.data;
   for (let t = 0; t < T; t += 2) {
@@ -139,7 +139,7 @@ class Tokenizer {
   encode(text) {
     const escaped = Object.keys(this.specials).map(literal => literal.replace(/[^\w]/g, "\\$&"));
     const parts = text.split(new RegExp(`(${escaped.join("|")})`)).filter(part => part);
-    return [this.bos_id, ...parts.flatMap(part => part in this.specials ? [this.specials[part]] : this.encode_part(part))];
+    return [this.bos_id, ...parts.flatMap(part => Object.hasOwn(this.specials, part) ? this.specials[part] : this.encode_part(part))];
   }
 
   // Byte-pair encoding: single characters, of which the pair with the best score is merged until none is in the vocabulary.
@@ -197,7 +197,7 @@ function chat_prompt(question, style) {
 class ImageProcessor {
   constructor({size, crop_size, image_mean, image_std}) { Object.assign(this, {size, crop_size, image_mean, image_std}); }
 
-  // A picture of any size, {width, height, data: RGBA bytes, opaque}, as canvas gives it -> pixel values (3, S·S).
+  // A picture of any size, {width, height, data: RGBA bytes}, as a canvas gives it -> pixel values (3, S·S).
   call(image) {
     const short = Math.min(image.width, image.height), long = Math.floor(this.size * Math.max(image.width, image.height) / short);
     const [width, height] = image.width <= image.height ? [this.size, long] : [long, this.size];

@@ -227,8 +227,10 @@ async function open_file(chosen) {
   const url = URL.createObjectURL(chosen);
   try {
     const picture = await load_picture(url);
+    const [short, long] = [picture.naturalWidth, picture.naturalHeight].sort((a, b) => a - b);
     const size = `${picture.naturalWidth} × ${picture.naturalHeight} pixels`;
-    if (picture.naturalWidth * picture.naturalHeight > 4e7) throw new Error(`the picture has ${size}; the page takes up to 40 million`);
+    if (!short || long > 50 * short) throw new Error(`the picture has ${size}; expected sides that differ by 50 times at the most`);
+    if (short * long > 4e7) throw new Error(`the picture has ${size}; the page takes up to 40 million: make it smaller`);
     own_picture(pixels_canvas(picture), `${chosen.name}, ${size}: resized to ${SIDE}, and its middle kept, as the model was trained.`);
     look();
     ask();
@@ -274,7 +276,7 @@ async function ask() {
     state.prompt = expand_images(tokenizer.encode(chat_prompt(state.question, data.style)), config.image_id, config.features_per_image);
     const room = config.text.max_position_embeddings;
     const length = state.prompt.length;
-    if (length >= room) throw new Error(`the question and its picture are ${length} tokens, more than the ${room - 1} that fit; shorten it`);
+    if (length >= room) throw new Error(`the question and its picture are ${length} tokens, more than the ${room - 1} that fit`);
     state.cache = new KVCache(config.text, Math.min(length + LONGEST, room));
   } catch (error) {
     $("error").textContent = error.message;
