@@ -18,7 +18,9 @@ class Browser:
             # A developer may be without; where changes are accepted it must not go unnoticed.
             (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(MISSING)
         self.driver = subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        started = next(found for line in self.driver.stdout if (found := re.search(r"started successfully on port (\d+)", line)))
+        said = (re.search(r"started successfully on port (\d+)", line) for line in self.driver.stdout)
+        started = next(filter(None, said), None)
+        assert started, "chromedriver ended before it had said its port"
         self.address = f"http://127.0.0.1:{started[1]}/session"
         options = {"args": ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage", f"--window-size={width},{height}"]}
         capabilities = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}, "timeouts": {"script": 60_000}}

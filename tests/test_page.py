@@ -213,11 +213,17 @@ def test_the_alternatives_are_pytorchs_and_the_answer_goes_on_from_the_one_that_
 
     chosen = int(best.indices[1])
     rest = bundled.model.generate(torch.tensor([ids + tokens[:2] + [chosen]]), pixels)
-    said = tab.run("""
-      $("alternatives").children[1].querySelector("button").click();
+    said, logits, focused = tab.run("""
+      $("alternatives").children[1].querySelector("button").focus();
+      document.activeElement.click();
       while ($("main").getAttribute("aria-busy") === "true") await frame();
-      return state.answer.map(({token}) => token);
+      const tokens = state.answer.map(({token}) => token), focused = document.activeElement.closest("#alternatives") !== null;
+      return [tokens, Array.from(state.answer[3].logits), focused];
     """)
+    with torch.no_grad():
+        expected = bundled.model(torch.tensor([ids + tokens[:2] + [chosen]]), pixels).logits[0, -1]
+    assert relative(torch.tensor(logits), expected) < TOLERANCE  # the cache holds what was chosen, and nothing of what was there before
+    assert focused  # a list that is drawn anew would otherwise send whoever uses a keyboard back to the top
     assert said == tokens[:2] + [chosen] + [int(token) for token in rest] != tokens
 
 
@@ -401,7 +407,8 @@ def test_the_page_of_a_vip_llava_draws_marks(browser, bundled, tmp_path):
       while ($("main").getAttribute("aria-busy") === "true") await frame();
       return [changed, state.prompt, state.question];
     """)
-    assert {*marks[0]} == {*KINDS} and browser.log() == []
+    assert {*marks[0]} == {*KINDS} and browser.run("return document.title;") == "A whole ViP-LLaVA in one page"
+    assert browser.log() == []
     for kind, (cells, question) in marks[0].items():
         assert cells[4] > 40 and cells[4] > sum(cells) * (0.5 if kind == "arrow" else 0.9), (kind, cells)  # an arrow's tail is elsewhere
         assert question == f"What is {Mark(kind, (10, 10, 30, 30)).words}?"

@@ -66,6 +66,7 @@ function square(element, cells, pick) {
 
 // A list of words with bars: rows of {label, p, cut, pick, chosen}.
 function bars(list, rows) {
+  const focused = [...list.children].findIndex(row => row.contains(document.activeElement));  // what is replaced must not lose it
   list.replaceChildren(...rows.map(({label, p, text, cut, pick, chosen}) => {
     const word = pick ? make("button", {type: "button", onclick: pick, "aria-pressed": Boolean(chosen)}, label) : make("span", {}, label);
     const bar = make("span", {className: "bar", "aria-hidden": "true"});
@@ -73,6 +74,7 @@ function bars(list, rows) {
     return make("li", {className: cut ? "cut" : ""}, word, bar,
       make("span", {className: "number"}, text ?? percent(p) + (cut ? " cut" : "")));
   }));
+  list.children[focused]?.querySelector("button")?.focus();
 }
 
 // A token as it is shown: a space at its front is a space, what cannot be seen is named.
@@ -654,6 +656,7 @@ function show_blind() {
       whole = every.every(t => off.blind.has(t));
     off.blind = new Set(whole ? [] : every);
     show_blind();
+    $("blind").firstChild.focus();
     compare();
   }}, "all of them");
   $("blind").replaceChildren(all, ...buttons);
@@ -783,6 +786,7 @@ $("next").onclick = () => tour(step + 1 < steps.length ? step + 1 : -1);
 $("leave").onclick = () => tour(-1);
 $("tour").onkeydown = event => { if (event.key === "Escape") tour(-1); };
 const parameters = Array.from(model.weights.values(), weight => weight.data.length).reduce((a, b) => a + b, 0);
+if (data.marks) document.title = $("title").textContent = "A whole ViP-LLaVA in one page";
 $("parameters").textContent = `${(parameters / 1e6).toFixed(1)} million`;
 
 const ready = show_example(0).then(ask);
