@@ -349,7 +349,7 @@ function draw_again() {
 function show_answer() {
   if (!state.answer.length) return;
   for (const id of ["answer", "words"]) {
-    const focused = [...$(id).children].indexOf(document.activeElement);  // redrawn, it would be lost
+    const focused = [...$(id).querySelectorAll("button")].indexOf(document.activeElement);  // redrawn, it would be lost
     const buttons = state.answer.map(({token, logits}) => {
       const p = softmax(logits)[token], button = make("button", {className: spelling(token).startsWith(" ") ? "space" : ""}, label(token));
       if (p < 0.9) button.classList.add("unsure");
@@ -357,8 +357,12 @@ function show_answer() {
       return button;
     });
     grid($(id), 1000, buttons, choose_word);
-    // No line ends before what follows without a space: a word joiner stands there.
-    $(id).replaceChildren(...buttons.flatMap(button => button.className.includes("space") ? [button] : ["\u2060", button]));
+    const groups = [];  // a full stop stays on the line of its word
+    for (const button of buttons) {
+      if (groups.length && /^\W/.test(button.textContent)) groups.at(-1).append(button);
+      else groups.push(make("span", {}, button));
+    }
+    $(id).replaceChildren(...groups);
     press(buttons, state.word);
     buttons[focused]?.focus();
   }
