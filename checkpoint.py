@@ -154,7 +154,8 @@ def fill(model, stored, device, dtype):
             for what, names in problems.items()
             if names
         ]
-        raise ValueError(f"config.json and the weights disagree. Tensors {'. Tensors '.join(found)}")
+        where = " (names are mapped by TO_OURS in checkpoint.py)" if problems["missing"] and problems["unexpected"] else ""
+        raise ValueError(f"config.json and the weights disagree. Tensors {'. Tensors '.join(found)}{where}")
     dtype = dtype or DTYPES[stored["language_model.embed_tokens.weight"].kind]
     for name in tqdm(shapes, desc="loading", unit="tensor", delay=1, disable=None):
         module, _, leaf = name.rpartition(".")

@@ -298,6 +298,7 @@ BROKEN = [
     (weights(lambda t: t.pop(HEAD)), WRONG, ["1 missing", "lm_head.weight"]),
     (weights(lambda t: [t.pop(name) for name in sorted(t)[:10]]), WRONG, ["10 missing", "and 7 more"]),
     (weights(lambda t: t.update(extra=torch.ones(1))), WRONG, ["1 unexpected", "extra"]),
+    (weights(lambda t: t.update({"text." + NORM: t.pop(NORM)})), WRONG, ["1 missing", "1 unexpected: text.", "TO_OURS in checkpoint.py"]),
     (weights(lambda t: t.update({f"extra.{n}": torch.ones(1) for n in range(9)})), WRONG, ["and 6 more"]),
     (weights(lambda t: t.update({NORM: torch.ones(17)})), WRONG, ["1 of a wrong shape", NORM, "(17,)", "(16,)"]),
     (weights(lambda t: t.update({NORM: torch.ones(1, 16)})), WRONG, ["1 of a wrong shape", "(1, 16)"]),
