@@ -16,7 +16,7 @@ from tokenizer import SPECIAL_LITERALS, STYLES, Tokenizer, chat_prompt, expand_i
 
 
 class Chat:
-    """A conversation about pictures: model, tokenizer and image processor together.
+    """Model, tokenizer and image processor, and one conversation with them.
 
     The KV cache is kept between turns. Each turn writes out the whole conversation and encodes it, and only what the
     cache does not hold yet is computed: the last answer's end and the new question. A picture is encoded once.
@@ -73,10 +73,10 @@ class Chat:
         check_options(max_new_tokens, temperature, top_k, top_p, seed)
         self._end_turn()
         prompt = expand_images(self.tokenizer.encode(self.prompt(question, images)), config.image_id, P)
-        kept = self._agreeing(prompt)
+        kept = self._cached_prefix(prompt)
         new = prompt[kept:]
-        # The last pictures are those whose features are not in the cache. Ids tell which, though all pictures have the same
-        # one: those of a conversation are only ever added at its end, so equal ids in a slot are the same picture's.
+        # Which pictures are new? All <image> ids are alike, but a conversation only grows at its end, and `reset` forgets the
+        # cache's ids: where ids agree, so do the pictures, and those not yet cached are the last.
         pictures = [*self.images, *images]
         uncached = pictures[len(pictures) - new.count(config.image_id) // P :]
         pixels = self.processor(uncached, pad=self.pad) if uncached else None
@@ -92,14 +92,19 @@ class Chat:
                 raise
         self._cache.truncate(kept)
         self._cached = prompt[:kept]
-        ids = model.generate(torch.tensor([new]), pixels, None, max_new_tokens, temperature, top_k, top_p, seed, cache=self._cache)
+        ids = model.generate(
+            torch.tensor([new]), pixels, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+            cache=self._cache,
+        )  # fmt: skip
         self._turn = self._answer(question, images, prompt, ids)
         return self._turn
 
-    def _agreeing(self, prompt):
-        """How many ids the cache holds as this prompt begins; one is left out at least, to be computed for its logits."""
-        pairs = zip(self._cached, prompt[:-1])
-        return next((n for n, (cached, id) in enumerate(pairs) if cached != id), min(len(self._cached), len(prompt) - 1))
+    def _cached_prefix(self, prompt):
+        """How many ids the cache holds as this prompt begins; the last is left out, to be computed for its logits."""
+        n = 0
+        while n < min(len(self._cached), len(prompt) - 1) and self._cached[n] == prompt[n]:
+            n += 1
+        return n
 
     def _answer(self, question, images, prompt, steps):
         """Stream one answer, and enter the turn into the conversation when it ends or its reader stops reading."""

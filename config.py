@@ -25,6 +25,10 @@ def _whole(*values):
     return all(type(value) is int for value in values)  # JSON's true is no number, though Python's is
 
 
+def _whole_or_list(value):
+    return _whole(*(value if isinstance(value, list) else [value]))
+
+
 def optional(field):
     fits, expected = field
     return lambda value: value is None or fits(value), f"{expected}, or null"
@@ -39,9 +43,9 @@ SIZE = (lambda value: _whole(value) and 0 < value <= 2**20, "a positive whole nu
 REAL = (lambda value: type(value) in (int, float) and 0 < value <= 10**12, "a positive number up to 1,000,000,000,000")
 FLAG = (lambda value: type(value) is bool, "true or false")
 OBJECT = (lambda value: isinstance(value, dict | None), "an object or null")
-TOKEN = (lambda value: _whole(value), "a token id")
-TOKENS = (lambda value: _whole(*(value if isinstance(value, list) else [value])), "a token id or a list of them")
-LAYERS = (lambda value: value != [] and TOKENS[0](value), "a layer or a list of them")
+TOKEN = (_whole, "a token id")
+TOKENS = (_whole_or_list, "a token id or a list of them")
+LAYERS = (lambda value: value != [] and _whole_or_list(value), "a layer or a list of them")
 
 VISION = {
     "model_type": only("clip_vision_model"),
@@ -149,11 +153,12 @@ class LlavaConfig:
             raw |= {"vision_feature_select_strategy": "default", "multimodal_projector_bias": True}
         raw.setdefault("image_token_index", raw.get("image_token_id", 32000))
         check(f"{folder}: config.json", raw, LLAVA)
-        vision, text = raw.get("vision_config"), raw.get("text_config") or {}
-        tied = raw.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)
+        raw_vision, raw_text = raw.get("vision_config"), raw.get("text_config") or {}
+        tied = raw.get("tie_word_embeddings", False) or raw_text.get("tie_word_embeddings", False)
         check(f"{folder}: config.json", {"tie_word_embeddings": tied}, LLAVA)
         try:
-            vision, text_ = vision_config(VIT_L_14_336 if vision is None else vision), text_config(text | {"tie_word_embeddings": tied})
+            vision = vision_config(VIT_L_14_336 if raw_vision is None else raw_vision)
+            text = text_config(raw_text | {"tie_word_embeddings": tied})
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from None
 
@@ -167,7 +172,7 @@ class LlavaConfig:
             )
 
         path = folder / "generation_config.json"
-        said = [*([read_json(path)] if path.is_file() else []), raw, text]
+        said = [*([read_json(path)] if path.is_file() else []), raw, raw_text]
 
         def first(name, default):  # of what the files say; null if that is all they say
             values = [part[name] for part in said if name in part]
@@ -177,12 +182,12 @@ class LlavaConfig:
         check(f"{folder}: config.json", tokens, LLAVA)
         eos, pad, image_id = *tokens.values(), raw["image_token_index"]
         eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-        if pad is None or not 0 <= pad < text_.vocab_size or pad == image_id:  # any other does: nothing looks at padding
+        if pad is None or not 0 <= pad < text.vocab_size or pad == image_id:  # any other does: nothing looks at padding
             pad = eos_ids[0] if eos_ids else 0
         return cls(
             vision=vision,
-            text=text_,
-            style="vip" if vip else "bakllava" if text.get("model_type") == "mistral" else "llava",
+            text=text,
+            style="vip" if vip else "bakllava" if raw_text.get("model_type") == "mistral" else "llava",
             vision_layers=layers,
             keep_cls=raw.get("vision_feature_select_strategy", "default") == "full",
             projector_layernorm_eps=raw.get("projector_layernorm_eps", 1e-5) if vip else None,
@@ -195,11 +200,11 @@ class LlavaConfig:
     def as_stored(self, stored):
         """The same, corrected by the weights themselves where config.json is stale. stored: {our name: Stored}.
 
-        Raises ValueError if `<image>` has no row in the vocabulary.
+        Raises ValueError if `<image>` has no row in the vocabulary (the defaults alone, without a checkpoint, are such).
         """
+        config = self
         if self.image_id >= self.text.vocab_size:
             raise ValueError(f"image_token_index is {self.image_id}; the vocabulary has {self.text.vocab_size} rows")
-        config = self
         # ViP-7B's published config says `vision_feature_layer: -2`, but its projector has the width of five layers.
         projector = stored.get("projector.linear_1.weight")
         five = projector is not None and projector.shape[-1:] == (len(VIP_LAYERS) * self.vision.hidden_size,)

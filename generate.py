@@ -1,8 +1,8 @@
 """A prompt to words, one token at a time.
 
-`greedy` is the whole idea in ten lines; `greedy_cached` is the same with a KV cache, and about as fast as it is simple. The
-rest makes the loop of `Llava.generate`: `sample` chooses a token, `steps` never waits for the device, and `run_step` runs a
-decode step in the form that is fastest where it runs.
+`greedy` is the whole idea in ten lines; `greedy_cached` is the same with a KV cache. The rest makes the loop of
+`Llava.generate`: `sample` chooses a token, `steps` lets the device run ahead while the host reads the token before, and
+`run_step` runs a decode step in the form that is fastest where it runs.
 
 Shapes: B rows, T tokens of the prompt, D width.
 """
@@ -59,14 +59,14 @@ def check_options(max_new_tokens, temperature, top_k, top_p, seed):
 
 
 def sample(logits, temperature, top_k, top_p, random):
-    """One id for each row of logits (B, vocabulary): (B,). Temperature first, then top-k, then top-p, as everywhere.
+    """One id for each row of logits (B, vocabulary): (B,). Temperature first, then top-k, then top-p, as in transformers.
 
     random: a torch.Generator, or None. Nothing is read back from the device.
     """
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)  # the likeliest at 0, the others far below
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)  # largest 0: a tiny temperature makes no inf − inf
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -76,8 +76,8 @@ def sample(logits, temperature, top_k, top_p, random):
         likelier = probabilities.cumsum(-1) - probabilities  # what all tokens before this one sum to
         likelier[:, 0] = -1  # the likeliest stays, however small top_p is
         logits = logits.scatter(-1, index, ordered.masked_fill(likelier >= top_p, -torch.inf))
-    # Of exponential clocks with rates p the first to ring is i with probability p_i. (torch.multinomial draws alike, but
-    # looks at its arguments first, for which the host would wait.)
+    # With E exponential of rate 1, E / p is a clock of rate p, and of several such clocks i rings first with probability p_i:
+    # the smallest E / p is the largest p / E. (torch.multinomial draws alike, but looks at p first, and the host would wait.)
     probabilities = logits.softmax(-1)
     return (probabilities / torch.empty_like(probabilities).exponential_(generator=random)).argmax(-1)
 
@@ -106,7 +106,7 @@ def steps(model, x, mask, cache, count, choose, eos):
 def launch(model, x, mask, cache, count, choose, eos):
     """Start the steps one after the other; of each its tokens, and which rows go on, on their way to the host."""
     alive = torch.ones(len(x), dtype=torch.bool, device=x.device)
-    if cache.graph is not None and cache.graph.of != weights_of(model):
+    if cache.graph is not None and cache.graph.source != captured_from(model):
         cache.graph = None  # it would replay another step, or these weights where they were before
     x = model.language_model(x, mask, cache=cache, last=True)  # (B, 1, D): only the last position needs logits
     logits = model.language_model.lm_head(x[:, -1])  # (B, vocabulary)
@@ -137,13 +137,11 @@ class OnItsWay:
 def one_behind(items):
     """The same items: the first at once, each further one only when the next has been asked for. So the device is at work on
     the next token while the host looks at this one, and the first word does not wait for a graph to be captured."""
-    for first in items:
-        yield first
-        break
-    previous = None
+    items = iter(items)
+    yield next(items)
+    previous = next(items, None)
     for item in items:
-        if previous is not None:
-            yield previous
+        yield previous
         previous = item
     if previous is not None:
         yield previous
@@ -179,14 +177,14 @@ class FastBfloat16(TorchFunctionMode):
                 torch.backends.mkldnn.enabled = enabled
         if function is F.scaled_dot_product_attention:
             # Written out it is a product of oneDNN's, two to four times as fast as the fused kernel with its single query.
-            q, k, v = args
+            q, k, v = args  # and a mask: a decode step always has one
             scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5 + kwargs["attn_mask"]
             return scores.softmax(-1).to(v.dtype) @ v
         return function(*args, **(kwargs or {}))
 
 
 def compiled(model):
-    """The model's decode step through torch.compile: seconds to a minute at the first token of each size of cache, then faster.
+    """The model's decode step through torch.compile: up to a minute at the second token for each size of cache, then faster.
 
     Fused kernels for what lies between the matrix products; on a CPU, what calls them is C++ too, and on CUDA the products of
     a single row are tuned (`coordinate_descent_tuning`), without which they go to a library that is made for many rows.
@@ -196,7 +194,7 @@ def compiled(model):
     return torch.compile(model.decode_step, fullgraph=True, dynamic=False, options=options)
 
 
-def weights_of(model):
+def captured_from(model):
     """What a captured step depends on: the step itself, and where its weights lie."""
     return model.decode_step, [parameter.data_ptr() for parameter in model.language_model.parameters()]
 
@@ -208,7 +206,7 @@ class Graph:
     """
 
     def __init__(self, model, token, alive, cache):
-        self.of, self.token, self.alive = weights_of(model), token.clone(), alive.clone()
+        self.source, self.token, self.alive = captured_from(model), token.clone(), alive.clone()
         length, real = cache.length.clone(), cache.real.clone()
         with torch.cuda.device(token.device):
             # A first run outside the graph, on a stream of its own: libraries set themselves up, torch.compile compiles.

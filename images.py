@@ -42,7 +42,7 @@ def open_image(path):
 
 @dataclass
 class ImageProcessor:
-    """Pictures to pixel values exactly as the checkpoints were trained and as `transformers` computes them."""
+    """Pictures to pixel values, to the bit as `transformers` computes them for the published checkpoints."""
 
     size: int  # the short side after resizing, in pixels
     crop_size: int  # the side of the centre square that is kept, in pixels
@@ -52,8 +52,8 @@ class ImageProcessor:
     def __call__(self, images, pad=False):
         """PIL images of any mode and size -> (N, 3, crop_size, crop_size) float32.
 
-        pad=True first pads to a square with the mean colour, as the original LLaVA code does: nothing is cropped away, but
-        the published Hugging Face checkpoints are not run that way. Raises ValueError for a picture that is empty, or so
+        pad=True first pads to a square with the mean colour, as the original LLaVA code does, in training too: nothing is
+        cropped away, but the published Hugging Face checkpoints are not run that way. Raises ValueError for a picture that is empty, or so
         elongated that it would fill the memory.
         """
         images = [to_rgb(image) for image in images]
@@ -61,9 +61,9 @@ class ImageProcessor:
             raise ValueError("no pictures to preprocess")
         for image in images:
             short, long = sorted(image.size)
-            pixels = long * long if pad else self.size * self.size * long // max(short, 1)
             if not short:
                 raise ValueError(f"a picture of {image.width}×{image.height} pixels is empty")
+            pixels = long * long if pad else self.size * self.size * long // short
             if pixels > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
                 raise ValueError(f"a picture of {image.width}×{image.height} pixels is too elongated to be resized; crop it first")
         if pad:
@@ -107,7 +107,9 @@ class ImageProcessor:
                 raise ValueError(f"{path} holds a {type(raw).__name__}{f' for {key}' * (key is not None)}; expected a JSON object")
             break
         else:
-            raise FileNotFoundError(f"{folder} has no preprocessor_config.json: it must hold a whole Hugging Face checkpoint")
+            raise FileNotFoundError(
+                f"{folder} has no preprocessor_config.json, nor a processor_config.json with an image_processor: it must hold a whole Hugging Face checkpoint"
+            )
         if missing := [name for name in ("size", "crop_size", "image_mean", "image_std") if name not in raw]:
             raise ValueError(f"{path} lacks {', '.join(missing)}")
         size, crop = raw["size"], raw["crop_size"]
@@ -138,7 +140,7 @@ def pad_to_square(image, background):
     return square
 
 
-def _whole(value):
+def _positive(value):
     return type(value) is int and value > 0  # JSON's true is no number, though Python's is
 
 
@@ -149,8 +151,8 @@ def _three(value):
 # What preprocessor_config.json may say: (does the value fit, what was expected). What it leaves out is as in every LLaVA.
 ALWAYS = (lambda value: value is True, "true, as in every LLaVA")
 FIELDS = {
-    "size": (_whole, "a positive whole number, or one as shortest_edge"),
-    "crop_size": (_whole, "a positive whole number, or one as height and width, equal"),
+    "size": (_positive, "a positive whole number, or one as shortest_edge"),
+    "crop_size": (_positive, "a positive whole number, or one as height and width, equal"),
     "image_mean": (_three, "three numbers, one for each colour"),
     "image_std": (lambda value: _three(value) and min(value) > 0, "three numbers above 0, one for each colour"),
     "resample": (lambda value: value == Image.Resampling.BICUBIC, "3 (bicubic), as in every LLaVA"),

@@ -46,7 +46,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        if x.device.type != "cpu":  # the same in one kernel instead of eight; on a CPU it would be the slower form
+        if x.device.type != "cpu":  # the same up to rounding, in one kernel instead of eight; on a CPU the slower form
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         x32 = x.float()
         x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
@@ -113,7 +113,8 @@ class Attention(nn.Module):
 
 
 def attention(q, k, v, mask):
-    """softmax(q kᵀ / √E + mask) v, fused: (B, H, T, E). mask: (B, 1, T, S), or None: causal, as is a single last query.
+    """softmax(q kᵀ / √E + mask) v, fused: (B, H, T, E). mask: (B, 1, T, S); None: query t sees keys
+    0 to t, a single query all of them.
 
     The kernels that take a mask do not know shared key/value heads, and to copy those for each query head would cost more
     than the attention itself. So the H / K queries that share a head become as many more tokens of one query head.
@@ -130,7 +131,7 @@ def attention(q, k, v, mask):
 
 
 def naive_attention(q, k, v, mask):
-    """The same attention written out, for those who want its weights: returns (B, H, T, E) and (B, H, T, S)."""
+    """The same attention written out, for those who want its weights: (B, H, T, E) and (B, H, T, S). mask: never None."""
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))  # (B, H, S, E)
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + mask  # (B, H, T, S)
     weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
@@ -201,7 +202,7 @@ class Llama(nn.Module):
             slots, counted = cache.take(real)
             real = cache.real[:, : cache.extent()]
         # Mask and angles are made once, for all blocks. A mask is added to the scores: 0 where a query may look, else −∞.
-        mask = None if plain else x.new_zeros(()).where(visible(real, slots, config.sliding_window), -torch.inf)  # (B, 1, T, S)
+        mask = None if plain else torch.where(visible(real, slots, config.sliding_window), 0.0, -torch.inf).to(x.dtype)  # (B, 1, T, S)
         if cache is not None and positions is None:
             rope = [table[0, 0, counted].unsqueeze(1) for table in cache.rope]  # (B, 1, T, E), looked up
         else:
@@ -224,10 +225,10 @@ def is_plain(T, attention_mask, cache, window):
 
     | the tokens come       | plain?                                                   |
     |-----------------------|----------------------------------------------------------|
-    | beyond the window     | no: the first of them must be hidden from the last       |
+    | more than the window  | no: the first of them must be hidden from the last       |
     | with padding          | no: it must be hidden                                    |
     | after others          | no: they see the cached ones too                         |
-    | one at a time         | no: to ask if others came before would stop the host     |
+    | one, with a cache     | no: to ask if others came before would stop the host     |
     | otherwise             | yes                                                      |
     """
     if window is not None and T > window:
@@ -256,7 +257,7 @@ class KVCache:
 
     Everything is allocated beforehand, for `max_length` slots, and written in place; only `grow` moves it. All rows of the
     batch take the same slots; a row with fewer tokens has padding in some of them, and the cache remembers which. Its
-    length is a tensor on the device: a decode step counts on without telling the host, which need not wait for it.
+    length is a tensor on the device: a decode step advances it there, and the host need not wait.
     """
 
     def __init__(self, config, batch_size, max_length, device="cpu", dtype=torch.float32):
@@ -270,7 +271,7 @@ class KVCache:
         self.length = torch.zeros((), device=device, dtype=torch.long)  # slots taken
         self.config = config
         self.rope = self._rope_table()  # of all positions that there may be: a step looks its own up
-        self.graph = None  # a decode step that was captured with these very tensors, if one was
+        self.graph = None  # a decode step captured with these very tensors (generate.Graph), or None
 
     @property
     def batch_size(self):

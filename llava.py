@@ -1,8 +1,8 @@
 """LLaVA: a language model that sees (Liu et al. 2023, https://arxiv.org/abs/2304.08485 and https://arxiv.org/abs/2310.03744).
 
-A CLIP vision transformer turns a picture into patch features; a small MLP, the projector, maps each into the space of
-the language model's word embeddings; there they take the place of the `<image>` token. From then on a picture is 576
-more words to the language model. ViP-LLaVA (Cai et al. 2024, https://arxiv.org/abs/2312.00784) reads five of CLIP's
+A CLIP vision transformer turns a picture into one hidden state per patch; a small MLP, the projector, makes of each a feature
+in the space of the language model's word embeddings; there they take the place of the `<image>` token. From then on a
+picture is 576 more tokens to the language model. ViP-LLaVA (Cai et al. 2024, https://arxiv.org/abs/2312.00784) reads five of CLIP's
 layers instead of one, concatenated and normalised; BakLLaVA has a Mistral as its language model; and each has its own
 chat format. That is all the difference.
 
@@ -72,7 +72,7 @@ class Llava(nn.Module):
         """Pictures (N, 3, side, side) -> features (N, P, D) in the space of the word embeddings.
 
         Layer −2, not the last: CLIP's loss reads the class token alone, so what its last block makes of a patch was never
-        trained, and one block lower the patches are what that token gathers from (compared in LLaVA, section 4.1).
+        trained, and one block lower the patches are what that token gathers from (considered in LLaVA, section 4.1, and compared in its ablations).
         """
         states = self.vision_tower(pixel_values, self.config.vision_layers)  # L × (N, 1 + patches, V)
         states = [state if self.config.keep_cls else state[:, 1:] for state in states]
@@ -100,8 +100,8 @@ class Llava(nn.Module):
             as many as there are features; or inputs_embeds: (B, T, D), spliced already.
         pixel_values: (N, 3, side, side), the pictures in the order of their `<image>` tokens, row by row.
         attention_mask: (B, T), 1 for the new tokens that are real, 0 for padding, which stands on the left where a row is
-            to go on (in training none is, and either side will do).
-        positions: (B, T); by default they count the real tokens, those in the cache included.
+            to go on; in training either side will do.
+        positions: (B, T), T counted after the expansion; by default they count the real tokens, those in the cache included.
         labels: (B, T) ids, −100 where there is nothing to learn.
         cache: a KVCache with room for T more tokens; they are added to it and see what it holds.
         Raises ValueError where counts or shapes do not fit.
@@ -121,8 +121,9 @@ class Llava(nn.Module):
     def decode_step(self, token, alive, cache):
         """One more token of each row in, the logits of the next one out: (B,) -> (B, vocabulary).
 
-        alive: (B,) bool; what a row holds after its end is padding. All shapes are fixed, the cache is written in place,
-        and no value is read back from the device, so that the step can be captured or compiled as it stands.
+        alive: (B,) bool; what a row holds after its end is padding. On a GPU, and when compiled, all shapes are fixed, the
+        cache is written in place and no value is read back, so that the step can be captured or compiled as it stands; on a
+        CPU attention looks at the taken slots alone (`KVCache.extent`).
         """
         x = self.language_model.embed(token[:, None])  # (B, 1, D)
         x = self.language_model(x, alive[:, None], cache=cache)
@@ -180,7 +181,7 @@ class Llava(nn.Module):
         if config.text.tie_word_embeddings:
             stored.pop("language_model.lm_head.weight", None)
         if torch.device(device).type == "cuda":
-            # On Hopper it would be the first choice, and plan anew for each length of a prompt and a cache.
+            # cuDNN's attention, PyTorch's first choice on Hopper, would plan anew for each length of prompt and cache.
             torch.backends.cuda.enable_cudnn_sdp(False)
         with torch.device("meta"):  # shapes without memory; each weight is then read straight to where it stays
             model = cls(config)

@@ -103,7 +103,8 @@ class Tokenizer:
                     text = "�" * len(run) + text
                 run.clear()
             if text:
-                yield from filter(None, [text.removeprefix(space)])
+                if text.removeprefix(space):
+                    yield text.removeprefix(space)
                 space = ""
 
 
@@ -113,7 +114,8 @@ def stop_at(pieces, stop):
     for piece in pieces:
         held += piece
         if stop in held:
-            yield from filter(None, [held[: held.index(stop)]])
+            if held.index(stop):
+                yield held[: held.index(stop)]
             return
         safe = next(n for n in range(len(held) + 1) if stop.startswith(held[n:]))  # the rest may yet become the stop
         if safe:
@@ -144,7 +146,7 @@ STYLES = {
     "vip": dict(system=SYSTEM, separator="", begin="###", user="Human: ", assistant="###Assistant:", end="###"),
 }
 SPECIAL_LITERALS = ("<unk>", "<s>", "</s>", "<image>", "<pad>")
-TURN_MARKS = {"llava": ("USER:", "ASSISTANT:"), "bakllava": ("USER:", "ASSISTANT:"), "vip": ("###",)}
+TURN_LITERALS = {"llava": ("USER:", "ASSISTANT:"), "bakllava": ("USER:", "ASSISTANT:"), "vip": ("###",)}
 
 
 def chat_prompt(messages, style):
@@ -184,7 +186,7 @@ def _content(message, style):
     if unknown := [part["type"] for part in parts if part["type"] not in ("text", "image")]:
         raise ValueError(f"a message has a part of type {unknown[0]!r}; expected 'text' or 'image'")
     text = "".join(part["text"] for part in parts if part["type"] == "text")
-    forbidden = SPECIAL_LITERALS + (TURN_MARKS[style] if message["role"] != "assistant" else ())
+    forbidden = SPECIAL_LITERALS + (TURN_LITERALS[style] if message["role"] != "assistant" else ())
     for literal in forbidden:
         if literal in text:
             hint = "pictures are given beside the text, not in it" if literal == "<image>" else "write it another way"
