@@ -85,11 +85,8 @@ class Block(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """One linear map for all patches: the C · p · p numbers of each become D. (N, C, S, S) -> (N, P, D)
-
-    Checkpoints store it as a convolution whose stride is its kernel size, which is the same. Written as a product it is also
-    computed in the type that it is in: convolutions in float32 are rounded to 10 bits by default on recent GPUs (TF32).
-    """
+    """One linear map for all patches, (N, C, S, S) -> (N, P, D), stored as the convolution that it also is. (As a convolution
+    it would be rounded to 10 bits in float32 on recent GPUs, whose default there is TF32.)"""
 
     def __init__(self, channels, width, size):
         super().__init__()

@@ -107,9 +107,8 @@ class ImageProcessor:
                 raise ValueError(f"{path} holds a {type(raw).__name__}{f' for {key}' * (key is not None)}; expected a JSON object")
             break
         else:
-            raise FileNotFoundError(
-                f"{folder} has no preprocessor_config.json, nor a processor_config.json with an image_processor: it must hold a whole Hugging Face checkpoint"
-            )
+            parts = "no preprocessor_config.json, nor a processor_config.json with an image_processor"
+            raise FileNotFoundError(f"{folder} has {parts}: it must hold a whole Hugging Face checkpoint")
         if missing := [name for name in ("size", "crop_size", "image_mean", "image_std") if name not in raw]:
             raise ValueError(f"{path} lacks {', '.join(missing)}")
         size, crop = raw["size"], raw["crop_size"]

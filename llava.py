@@ -72,7 +72,7 @@ class Llava(nn.Module):
         """Pictures (N, 3, side, side) -> features (N, P, D) in the space of the word embeddings.
 
         Layer −2, not the last: CLIP's loss reads the class token alone, so what its last block makes of a patch was never
-        trained, and one block lower the patches are what that token gathers from (considered in LLaVA, section 4.1, and compared in its ablations).
+        trained, and one block lower the patches are what that token gathers from (LLaVA, section 4.1, and its ablations).
         """
         states = self.vision_tower(pixel_values, self.config.vision_layers)  # L × (N, 1 + patches, V)
         states = [state if self.config.keep_cls else state[:, 1:] for state in states]
