@@ -39,6 +39,7 @@ TO_PUBLISHED = (
 )
 COMPUTED = (".position_ids", ".rotary_emb.inv_freq")  # tables that old files store and every model computes
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+PACKED = DTYPES | {"I8": torch.int8, "U8": torch.uint8}  # what quantised layers are stored in
 
 
 def our_name(name):
@@ -97,9 +98,9 @@ class Stored(NamedTuple):
             return tensors.get_tensor(self.name)
 
 
-def read_headers(folder):
+def read_headers(folder, file="model.safetensors"):
     """What the weight files hold, from their headers alone: {our name: Stored}."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    single, index = folder / file, folder / f"{file}.index.json"
     if single.is_file():
         files = [single.name]
     elif index.is_file():
@@ -110,7 +111,7 @@ def read_headers(folder):
         if outside := [file for file in files if Path(file).name != file or "\\" in file]:
             raise ValueError(f"{index} names {outside[0]!r}; expected names of files beside it, without folders")
     else:
-        raise FileNotFoundError(f"{folder} has no model.safetensors and no model.safetensors.index.json")
+        raise FileNotFoundError(f"{folder} has no {single.name} and no {index.name}")
     if missing := [file for file in files if not (folder / file).is_file()]:
         raise FileNotFoundError(f"{folder} lacks {len(missing)} of its {len(files)} weight files, {missing[0]} first; fetch it again")
 
@@ -129,13 +130,16 @@ def read_headers(folder):
     return stored
 
 
-def fill(model, stored, device, dtype):
+def fill(model, stored, device, dtype, quantizers=None):
     """Give a model on the meta device its parameters, one at a time, each straight to its device and type. Where neither
-    changes, the file is mapped, not copied. dtype None: the type that the word embeddings are stored in.
+    changes, the file is mapped, not copied. dtype None: the type that the word embeddings are stored in. Buffers, which only
+    quantised layers have, keep their types.
 
+    quantizers: {name of a weight: a function of it that makes the module to put in its layer's place}.
     Raises ValueError, before any weight is read, if the parameters are not exactly those of the files.
     """
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    quantizers, buffers = quantizers or {}, dict(model.named_buffers())
+    shapes = {name: tuple(tensor.shape) for name, tensor in [*model.named_parameters(), *buffers.items()]}
     problems = {
         "missing": [name for name in shapes if name not in stored],
         "unexpected": [tensor.name for name, tensor in stored.items() if name not in shapes],
@@ -145,7 +149,12 @@ def fill(model, stored, device, dtype):
             if name in stored and stored[name].shape != shape
         ],
         "of a type other than F16, BF16 and F32": [
-            f"{tensor.name} {tensor.kind}" for tensor in stored.values() if tensor.kind not in DTYPES
+            f"{tensor.name} {tensor.kind}" for name, tensor in stored.items() if tensor.kind not in DTYPES and name not in buffers
+        ],
+        "not quantised as config.json says": [
+            f"{stored[name].name} {stored[name].kind}, expected {buffer.dtype}"
+            for name, buffer in buffers.items()
+            if name in stored and PACKED.get(stored[name].kind) != buffer.dtype
         ],
     }
     if any(problems.values()):
@@ -159,8 +168,11 @@ def fill(model, stored, device, dtype):
     dtype = dtype or DTYPES[stored["language_model.embed_tokens.weight"].kind]
     for name in tqdm(shapes, desc="loading", unit="tensor", delay=1, disable=None):
         module, _, leaf = name.rpartition(".")
-        tensor = stored[name].read(device).to(device, dtype)  # cast where it is: there the memory is faster
-        setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
+        tensor = stored[name].read(device).to(device, None if name in buffers else dtype)  # cast where it is: there the memory is faster
+        if name in quantizers:
+            model.set_submodule(module, quantizers[name](tensor))
+        else:
+            setattr(model.get_submodule(module), leaf, tensor if name in buffers else nn.Parameter(tensor, requires_grad=False))
 
 
 def save_checkpoint(model, source, out, dtype, unchanged=None):
@@ -173,12 +185,20 @@ def save_checkpoint(model, source, out, dtype, unchanged=None):
         published_name(name): unchanged[name].read() if name in unchanged else parameter.detach().to("cpu", dtype)
         for name, parameter in model.named_parameters()
     }
+    write_checkpoint(tensors, source, out, "model.safetensors")
+
+
+def write_checkpoint(tensors, source, out, file, fields=None):
+    """Write tensors {published name: tensor} into a file of the folder `out`, and beside it the other files of the folder
+    `source`, config.json with `fields` added."""
     out.mkdir(parents=True, exist_ok=True)
-    for file in source.iterdir():
-        copied = file.suffix in (".json", ".jinja", ".model") and not file.name.endswith(".index.json")
+    for found in source.iterdir():
+        copied = found.suffix in (".json", ".jinja", ".model") and not found.name.endswith(".index.json")
         if copied and source.resolve() != out.resolve():
-            shutil.copyfile(file, out / file.name)
-    partial = out / "model.safetensors.partial"  # put in place when whole: a run may be killed at any moment
+            shutil.copyfile(found, out / found.name)
+    if fields:
+        (out / "config.json").write_text(json.dumps(read_json(out / "config.json") | fields, indent=2) + "\n", encoding="utf-8")
+    partial = out / f"{file}.partial"  # put in place when whole: a run may be killed at any moment
     save_file(tensors, partial, metadata={"format": "pt"})
     os.chmod(partial, 0o644)  # save_file leaves it to its owner alone
-    os.replace(partial, out / "model.safetensors")
+    os.replace(partial, out / file)

@@ -13,6 +13,7 @@ import torch
 from checkpoint import read_json
 from clip import CLIPVisionConfig
 from llama import LlamaConfig
+from quantize import GROUPS
 
 # What published files leave out: LLaVA's vision tower, which of its layers ViP-LLaVA reads, in this order, and what a Mistral
 # has where a Llama has something else.
@@ -77,6 +78,12 @@ LLAVA = {
     "image_token_index": (lambda value: _whole(value) and value >= 0, "a token id"),
     "eos_token_id": optional(TOKENS),
     "pad_token_id": optional(TOKEN),
+    "quantization_config": (
+        lambda value: (
+            value is None or isinstance(value, dict) and value.get("quant_method") == "llava.py" and str(value.get("scheme")) in GROUPS
+        ),
+        "none, or one that quantize.py has written; take the checkpoint in 16 bits, and --quantize",
+    ),
 }
 
 
@@ -132,6 +139,7 @@ class LlavaConfig:
     image_id: int
     pad_id: int
     eos_ids: tuple[int, ...]
+    quantized: str | None  # the scheme of quantize.py that the weights are stored in; None: in 16 or 32 bits
 
     @property
     def features_per_image(self):
@@ -195,6 +203,7 @@ class LlavaConfig:
             image_id=image_id,
             pad_id=pad,
             eos_ids=eos_ids,
+            quantized=(raw.get("quantization_config") or {}).get("scheme"),
         )
 
     def as_stored(self, stored):

@@ -22,6 +22,7 @@ from config import LlavaConfig
 from generate import cache_length, check_options, sample, steps
 from inputs import IGNORED, prepare, room
 from llama import KVCache, Llama
+from quantize import FILE, QuantizedLinear, quantizers, replace
 
 
 class Projector(nn.Module):
@@ -169,14 +170,18 @@ class Llava(nn.Module):
         return self.language_model.norm.weight.dtype
 
     @classmethod
-    def from_pretrained(cls, folder_or_hub_name, device="cpu", dtype=None):
+    def from_pretrained(cls, folder_or_hub_name, device="cpu", dtype=None, quantize=None):
         """Load a Hugging Face checkpoint: a folder, or a name on the hub (needs `huggingface_hub`).
 
-        dtype None keeps the stored type. Raises FileNotFoundError or ValueError, before any weight is read, for whatever
-        is missing, unexpected, of a wrong shape or damaged.
+        dtype None keeps the stored type. quantize: a scheme of quantize.py, "int8" or "int4", for the linear layers of the language
+        model; a checkpoint that is quantised already has its own. Raises FileNotFoundError or ValueError, before any weight is
+        read, for whatever is missing, unexpected, of a wrong shape or damaged.
         """
         folder = checkpoint_folder(folder_or_hub_name)
-        config, stored = LlavaConfig.from_pretrained(folder), read_headers(folder)
+        config = LlavaConfig.from_pretrained(folder)
+        if quantize and config.quantized:
+            raise ValueError(f"{folder} is quantised already, to {config.quantized}; load it as it is, or quantise the original")
+        stored = read_headers(folder, FILE) if config.quantized else read_headers(folder)
         config = config.as_stored(stored)
         if config.text.tie_word_embeddings:
             stored.pop("language_model.lm_head.weight", None)
@@ -185,9 +190,19 @@ class Llava(nn.Module):
             torch.backends.cuda.enable_cudnn_sdp(False)
         with torch.device("meta"):  # shapes without memory; each weight is then read straight to where it stays
             model = cls(config)
-        fill(model, stored, device, dtype)
+            if config.quantized:
+                replace(model, config.quantized)
+        makers = quantizers(model, quantize) if quantize else {}
+        fill(model, stored, device, dtype, makers)
         if config.text.tie_word_embeddings:
-            model.language_model.lm_head.weight = model.language_model.embed_tokens.weight
+            embeddings = model.language_model.embed_tokens.weight
+            if quantize:
+                model.language_model.lm_head = makers["language_model.lm_head.weight"](embeddings)
+            else:
+                model.language_model.lm_head.weight = embeddings
+        for layer in model.modules():
+            if isinstance(layer, QuantizedLinear):
+                layer.settle()
         return model.eval()
 
 

@@ -26,6 +26,7 @@ from generate import compiled
 from images import open_image
 from llava import Llava
 from marks import draw_marks, parse_mark, refer
+from quantize import GROUPS, replace
 
 HERE = Path(__file__).parent
 BUNDLED_MODEL, BUNDLED_PICTURE = HERE / "tiny" / "llava", HERE / "tiny" / "example.png"
@@ -65,6 +66,7 @@ def argument_parser(command, description):
     parser.add_argument("--system", metavar="TEXT", help="a system sentence in place of the model's own")
     parser.add_argument("--device", default="auto", help="cuda (or cuda:1 …), mps or cpu [the first of them that is there]")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="[what is fast on the device]")
+    parser.add_argument("--quantize", choices=GROUPS, help="the language model's weights in 8 or 4 bits, made while loading [as stored]")
     parser.add_argument(
         "--compile", action="store_true", help="compile the decode step first: up to about a minute, then more tokens a second"
     )
@@ -94,6 +96,26 @@ def size(bytes):
     return f"{bytes / 1e9:.1f} GB" if bytes >= 1e9 else f"{bytes / 1e6:.1f} MB"
 
 
+def weight_bytes(config, dtype, scheme):
+    """What the weights take: quantised layers in their own types, all else in dtype."""
+    with torch.device("meta"):
+        model = Llava(config)
+        if scheme is not None:
+            replace(model, scheme)
+    return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize + sum(buffer.nbytes for buffer in model.buffers())
+
+
+def smaller(config, dtype, scheme, free):
+    """The options with which the weights would fit, the least change first; None if there are none."""
+    dtypes = {"": dtype} | ({"--dtype bfloat16": torch.bfloat16} if dtype == torch.float32 else {})
+    schemes = {"": scheme} | ({"--quantize int8": "int8", "--quantize int4": "int4"} if scheme is None else {})
+    for s, name in schemes.items():
+        for d, other in dtypes.items():
+            if weight_bytes(config, other, name) < free:
+                return f"use {d} {s}"
+    return None
+
+
 def load(args, pictures):
     """The chat, after one line that says what it will take, and an error if the device has not got it."""
     folder = checkpoint_folder(BUNDLED_MODEL if args.model is None else args.model)
@@ -104,14 +126,15 @@ def load(args, pictures):
     dtype = choose_dtype(device, parameters) if args.dtype == "auto" else getattr(torch, args.dtype)
 
     text = config.text
-    weights = parameters * dtype.itemsize
+    scheme = args.quantize or config.quantized
+    weights = weight_bytes(config, dtype, scheme)
     token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * dtype.itemsize  # bytes of the cache
     most = text.max_position_embeddings
     tokens = min(most, pictures * config.features_per_image + len(args.question or "") + args.max_new_tokens)
     caches = f"{size(token * tokens)} of cache for {tokens} tokens" + f", {size(token * most)} for {most} at the end of a chat" * args.chat
     print(
         f"{args.model or 'tiny/llava, which knows drawn shapes only'}: {parameters / 1e6:,.1f} M parameters "
-        f"on {device} in {str(dtype)[6:]}, {size(weights)} of weights and {caches}",
+        f"on {device} in {scheme or str(dtype)[6:]}, {size(weights)} of weights and {caches}",
         file=sys.stderr,
     )
     free, needed = free_memory(device), weights + token * tokens + (WORKSPACE if device.startswith("cuda") else 0)
@@ -119,9 +142,9 @@ def load(args, pictures):
         if weights < free:
             hint = "use a smaller --max-new-tokens"
         else:
-            hint = "use --dtype bfloat16" if dtype == torch.float32 else "use a smaller model" + " or --device cpu" * (device != "cpu")
+            hint = smaller(config, dtype, scheme, free) or "use a smaller model" + " or --device cpu" * (device != "cpu")
         raise ValueError(f"{device} has {size(free)} free, {size(needed)} are needed; {hint}")
-    chat = Chat.from_pretrained(folder, device, dtype)
+    chat = Chat.from_pretrained(folder, device, dtype, args.quantize)
     chat.system, chat.pad = args.system, args.pad
     if args.compile:
         chat.model.decode_step = compiled(chat.model)
