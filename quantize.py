@@ -68,7 +68,7 @@ def dequantize(weight, scales, dtype):
     """What the packed weight stands for: (N, K), for int4 as a transposed (K, N)."""
     if weight.dtype == torch.int8:
         return weight.to(dtype) * scales.to(dtype)[:, None]
-    q = unpack(weight).T.view(torch.int8).sub_(8).to(dtype).unflatten(0, (len(scales), -1))  # (K / group, group, N)
+    q = unpack(weight).T.view(torch.int8).sub_(8).to(dtype).view(len(scales), -1, scales.shape[1])  # (K / group, group, N)
     scales, zeros = scales.to(dtype)[:, None].unbind(-1)  # (K / group, 1, N)
     return torch.addcmul(zeros, q, scales, out=q).flatten(0, 1).T
 
@@ -164,7 +164,7 @@ class QuantizedLinear(nn.Module):
             self.weight = self.weight.clone()
 
     def forward(self, x):
-        y = self.product(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        y = self.product(x.flatten(0, -2)).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
     def product(self, x):

@@ -250,6 +250,8 @@ def train(args):
         raise ValueError(f"{args.out} holds a finished checkpoint; remove it, or give another --out")
     tokenizer, processor = Tokenizer.from_pretrained(source), ImageProcessor.from_pretrained(source)
     model = Llava.from_pretrained(source, args.device)
+    if model.config.quantized:
+        raise ValueError(f"{source} is quantised, and 16 steps cannot be trained; give the checkpoint it was made from")
     config, stored = model.config, model.dtype  # the result is stored in the type that the checkpoint came in
     length, P = min(args.max_length, config.text.max_position_embeddings), config.features_per_image
     data, *held_out = (

@@ -3,6 +3,7 @@
     python -m bench                                                         # the bundled model in float32
     python -m bench --shape 1b --dtype bfloat16 --json bench/cpu-1b.json    # also record the figures
     python -m bench --shape 1b --dtype bfloat16 --curves --json bench/cpu-1b-curves.json
+    python -m bench --shape 1b --dtype bfloat16 --quantize int8 int4         # ours in 8 and 4 bits beside
     python -m bench --shape 7b --dtype bfloat16 --load                      # loading alone, one library after the other
 
 Each library runs in a process of its own and waits while another is timed. transformers is used as a newcomer would:
@@ -29,6 +30,7 @@ from bench.worker import LIBRARIES, PICTURE, QUESTION, SECOND, prompt
 from config import LlavaConfig
 from device import choose_device
 from llava import Llava
+from quantize import GROUPS, replace
 from tokenizer import Tokenizer
 
 NEW_TOKENS = 64
@@ -101,11 +103,22 @@ def count_weights(config):
     return {"text": text, "vision": count(model.vision_tower), "projector": count(model.projector), "all": count(model)}
 
 
-def measure(folder, device, dtype, repeats):
+def bytes_saved(config, scheme, size):
+    """How many bytes less a decode step reads of weights in this scheme; 0 for what is no scheme."""
+    if scheme not in GROUPS:
+        return 0
+    with torch.device("meta"):
+        model = Llava(config)
+        plain = sum(layer.weight.numel() for name, layer in model.language_model.named_modules() if isinstance(layer, torch.nn.Linear))
+        replace(model, scheme)
+    return plain * size - sum(buffer.nbytes for buffer in model.buffers())
+
+
+def measure(folder, device, dtype, repeats, schemes):
     """The figures {name: {library: value}}, and of those that have a physical limit {name: limit}."""
     config, name = LlavaConfig.from_pretrained(folder), str(dtype)[6:]
     weights, size = count_weights(config), dtype.itemsize
-    libraries = list(LIBRARIES)[: 4 if device.startswith("cuda") else 3]
+    libraries = [*list(LIBRARIES)[: 4 if device.startswith("cuda") else 3], *(f"ours, {scheme}" for scheme in schemes)]
     bar = tqdm(total=4 * repeats + 2 * len(libraries) * (repeats + 1), desc="measuring", unit="run")
     begin = in_turn({lib: lambda lib=lib: process_start(lib, folder, device, name) for lib in ("ours", "transformers")}, repeats, bar)
     workers = {lib: Worker(lib, folder, device, name) for lib in libraries}
@@ -143,6 +156,11 @@ def measure(folder, device, dtype, repeats):
     bandwidth = read_bandwidth(torch.device(device), weights["text"] * size)
     throughput = matrix_throughput(torch.device(device), dtype)
     reading = lambda rows: decode_bytes(config, weights, rows, first + NEW_TOKENS / 2, size) / bandwidth
+    reads = lambda lib: (
+        decode_bytes(config, weights, 1, first + NEW_TOKENS / 2, size) - bytes_saved(config, lib.removeprefix("ours, "), size)
+    )
+    figures["decode, 1 row, GB/s"] = {lib: reads(lib) / values[1] / 1e9 for lib, values in rows[1].items()}
+    figures["of what the machine reads, %"] = {lib: 100 * reads(lib) / values[1] / bandwidth for lib, values in rows[1].items()}
     operations = lambda rows: 2 * weights["text"] * rows / throughput
     limits = {
         "first token, ms": 1e3 * prefill_operations(config, weights, 1, 0, first) / throughput,
@@ -154,10 +172,10 @@ def measure(folder, device, dtype, repeats):
     return figures, limits, {"reads, GB/s": bandwidth / 1e9, "multiplies, TFLOP/s": throughput / 1e12}
 
 
-def measure_loading(folder, device, dtype, repeats):
+def measure_loading(folder, device, dtype, repeats, schemes):
     """Loading alone, for models of which only one fits the memory at a time."""
-    values = {lib: [] for lib in ("ours", "transformers")}
-    with tqdm(total=2 * repeats, desc="loading", unit="run") as bar:
+    values = {lib: [] for lib in ("ours", "transformers", *(f"ours, {scheme}" for scheme in schemes))}
+    with tqdm(total=len(values) * repeats, desc="loading", unit="run") as bar:
         for _ in range(repeats):
             for lib in values:
                 worker = Worker(lib, folder, device, str(dtype)[6:])
@@ -220,6 +238,7 @@ def main():
     parser.add_argument("--shape", default="tiny", choices=("tiny", *SHAPES))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--quantize", nargs="+", default=[], choices=GROUPS, help="ours in these schemes, too")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--load", action="store_true", help="loading alone")
     parser.add_argument("--curves", action="store_true", help="how the cost grows with context and batch")
@@ -237,7 +256,7 @@ def main():
             print(name, *(f"  {lib}: " + ", ".join(f"{x}: {value:.3g}" for x, value in points) for lib, points in curve.items()), sep="\n")
     else:
         run = measure_loading if args.load else measure
-        record["figures"], record["limits"], record["measured limits"] = run(folder, device, dtype, args.repeats)
+        record["figures"], record["limits"], record["measured limits"] = run(folder, device, dtype, args.repeats, args.quantize)
         print(
             f"{args.shape} in {args.dtype} on {record['machine']}, which "
             + ", ".join(f"{k} {v:.3g}" for k, v in record["measured limits"].items())

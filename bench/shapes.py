@@ -5,8 +5,9 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
-from checkpoint import save_checkpoint
+from checkpoint import published_name
 from config import VIT_L_14_336, LlavaConfig
 from llava import Llava
 
@@ -18,23 +19,32 @@ SHAPES = {  # hidden size, MLP, layers, heads of the language model
 }
 
 
-def checkpoint_of(shape, dtype, cache=Path("bench/checkpoints")):
-    """The folder of a checkpoint of this shape and type; made on first use. "tiny" is the bundled one."""
+def checkpoint_of(shape, dtype, cache=Path("bench/checkpoints"), shard=2e9):
+    """The folder of a checkpoint of this shape and type; made on first use, in files of about so many bytes, of which one at a
+    time is in memory. "tiny" is the bundled one."""
     if shape == "tiny":
         return TINY
     folder = cache / f"{shape}-{str(dtype)[6:]}"
-    if not (folder / "model.safetensors").is_file():
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         write_configs(shape, folder)
         with torch.device("meta"):
             model = Llava(LlavaConfig.from_pretrained(folder))
         tile = (torch.randn(2**22, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
-        for name, parameter in list(model.named_parameters()):
-            module, _, leaf = name.rpartition(".")
+        weight_map, tensors, left = {}, {}, len(list(model.parameters()))
+        for name, parameter in model.named_parameters():
             size = parameter.numel()
-            values = torch.ones(size, dtype=dtype) if "norm" in name and leaf == "weight" else tile.repeat(-(-size // len(tile)))[:size]
-            setattr(model.get_submodule(module), leaf, torch.nn.Parameter(values.view(parameter.shape), requires_grad=False))
-        save_checkpoint(model, folder, folder, dtype)
+            norm = "norm" in name and name.endswith(".weight")
+            values = torch.ones(size, dtype=dtype) if norm else tile.repeat(-(-size // len(tile)))[:size]
+            tensors[published_name(name)] = values.view(parameter.shape)
+            left -= 1
+            if not left or sum(tensor.nbytes for tensor in tensors.values()) > shard:
+                file = f"model-{len(set(weight_map.values())) + 1:05}.safetensors"
+                save_file(tensors, folder / file, metadata={"format": "pt"})
+                weight_map |= dict.fromkeys(tensors, file)
+                tensors = {}
+        index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1))
     return folder
 
 

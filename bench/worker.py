@@ -6,10 +6,13 @@ python -m bench.worker ours FOLDER cpu bfloat16
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from PIL import Image
+
+from quantize import GROUPS
 
 PICTURE = Path(__file__).parent.parent / "tiny" / "example.png"
 QUESTION, SECOND = "Describe the picture.", "Where is the square?"
@@ -25,13 +28,13 @@ def text_alone(batch, length):
 
 
 class Ours:
-    def __init__(self):
+    def __init__(self, quantize=None):
         from chat import Chat
 
-        self.loader = Chat
+        self.loader, self.quantize = Chat, quantize
 
     def load(self, folder, device, dtype):
-        self.chat = self.loader.from_pretrained(folder, device, dtype)
+        self.chat = self.loader.from_pretrained(folder, device, dtype, self.quantize)
 
     def generate(self, batch, length, tokens):
         """The time at which each step's tokens have reached the host. length: of a prompt of text alone; 0: the bundled
@@ -120,6 +123,7 @@ class StaticTransformers(Transformers):
 
 
 LIBRARIES = {"ours": Ours, "ours, compiled": Compiled, "transformers": Transformers, "transformers, static cache": StaticTransformers}
+LIBRARIES |= {f"ours, {scheme}": partial(Ours, scheme) for scheme in GROUPS}
 
 
 def picture():

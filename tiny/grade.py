@@ -23,15 +23,21 @@ from tiny import marked, world
 from tokenizer import STYLES, chat_prompt, stop_at
 
 
+def padded(chat, questions):
+    """The prompts of questions that are each alone in a conversation with a picture: ids and mask, padded on the left."""
+    tokenizer = chat.tokenizer
+    content = [[{"type": "image"}, {"type": "text", "text": question}] for question in questions]
+    prompts = [tokenizer.encode(chat_prompt([{"role": "user", "content": c}], chat.model.config.style)) for c in content]
+    width = max(map(len, prompts))
+    ids = torch.tensor([[tokenizer.pad_id] * (width - len(prompt)) + prompt for prompt in prompts])
+    return ids, torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+
+
 def answers(chat, questions, images, max_new_tokens=128):
     """Greedy answers to a batch of questions, each about its own picture and each alone in its conversation."""
     style, tokenizer = chat.model.config.style, chat.tokenizer
-    content = [[{"type": "image"}, {"type": "text", "text": question}] for question in questions]
-    prompts = [tokenizer.encode(chat_prompt([{"role": "user", "content": c}], style)) for c in content]
-    width = max(map(len, prompts))
-    ids = torch.tensor([[tokenizer.pad_id] * (width - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    rows, end = [[] for _ in prompts], STYLES[style]["end"]
+    ids, mask = padded(chat, questions)
+    rows, end = [[] for _ in questions], STYLES[style]["end"]
     for step in chat.model.generate(ids, chat.processor(images), mask, max_new_tokens):
         for row, token in zip(rows, step.tolist()):
             row.append(token)

@@ -32,6 +32,11 @@ EXERCISES = {
             "tests/test_generate.py",
         ],
     ),
+    12: (
+        "e12_int4",
+        {name: f"quantize.{name}" for name in ("quantize_int4", "pack", "unpack")},
+        ["tests/test_quantize.py", "-k", "steps or rounding or packing or multiply or unpacked"],
+    ),
 }
 
 
