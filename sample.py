@@ -112,7 +112,7 @@ def smaller(config, dtype, scheme, free):
     for s, name in schemes.items():
         for d, other in dtypes.items():
             if weight_bytes(config, other, name) < free:
-                return f"use {d} {s}"
+                return "use " + " ".join(option for option in (d, s) if option)
     return None
 
 

@@ -26,7 +26,7 @@ PARTS = {
     "head": re.compile(r"language_model\.lm_head"),
 }
 SHAPES = {"q_proj": (4096, 4096), "up_proj": (11008, 4096), "down_proj": (4096, 11008)}  # of a 7B
-BATCH = 50
+BATCH, FEWER = 50, 100  # questions at once; questions along whose answers the divergence is taken
 
 
 def expected_error(scheme, inputs):
@@ -54,18 +54,32 @@ def quantise(model, part, scheme):
 
 
 @torch.no_grad()
-def divergence(plain, quantised, count, seed=1):
-    """The mean over the tokens of the plain model's greedy answers: KL in bits, and the share whose likeliest token is another."""
+def own_answers(chat, count, seed=1):
+    """A plain model's greedy answers to held-out questions: batches of (inputs of a forward pass, steps of the answers, which of
+    them are real, the log-probabilities of the words there)."""
     _, images, questions, _ = zip(*world.held_out_questions(count, seed))
-    bits = flips = tokens = 0
+    batches = []
     for start in range(0, count, BATCH):
-        batch = slice(start, start + BATCH)
-        ids, mask = padded(plain, questions[batch])
-        pixels, pad = plain.processor(images[batch]), plain.model.config.pad_id
-        answers = torch.stack(list(plain.model.generate(ids, pixels, mask, 64)), 1)  # (B, steps)
-        real = answers != pad
-        both = torch.cat([ids, answers], 1), pixels, torch.cat([mask, real.long()], 1)
-        p, q = (chat.model(*both).logits[:, -answers.shape[1] - 1 : -1].float().log_softmax(-1)[real] for chat in (plain, quantised))
+        ids, mask = padded(chat, questions[start : start + BATCH])
+        pixels = chat.processor(images[start : start + BATCH])
+        answers = torch.stack(list(chat.model.generate(ids, pixels, mask, 64)), 1)  # (B, steps)
+        real = answers != chat.model.config.pad_id
+        inputs = torch.cat([ids, answers], 1), pixels, torch.cat([mask, real.long()], 1)
+        batches.append((inputs, answers.shape[1], real, words(chat, inputs, answers.shape[1], real)))
+    return batches
+
+
+@torch.no_grad()
+def words(chat, inputs, steps, real):
+    """log p of each word in the place of each real token of the answers: (tokens, vocabulary)."""
+    return chat.model(*inputs).logits[:, -steps - 1 : -1].float().log_softmax(-1)[real]
+
+
+def divergence(batches, chat):
+    """Along a plain model's answers, the mean over their tokens: KL in bits, and the share whose likeliest word is another."""
+    bits = flips = tokens = 0
+    for inputs, steps, real, p in batches:
+        q = words(chat, inputs, steps, real)
         bits += float((p.exp() * (p - q)).sum()) / math.log(2)
         flips += int((p.argmax(-1) != q.argmax(-1)).sum())
         tokens += len(p)
@@ -85,6 +99,7 @@ def main():
     accuracy = lambda chat: f"{100 * sum(right(chat, images, questions, truths)) / args.count:.1f} %"
 
     print("| part | scheme | KL, bits a token | other tokens | right |\n|---|---|---|---|---|")
+    batches = own_answers(plain, min(args.count, FEWER), args.seed)
     print(f"| | none | 0 | 0 | {accuracy(plain)} |", flush=True)
     for scheme in GROUPS:
         for part in [*PARTS, "language model"]:
@@ -98,7 +113,7 @@ def main():
                 chat = load()
                 if not quantise(chat.model, part, scheme):
                     continue
-            bits, flips = divergence(plain, chat, args.count, args.seed)
+            bits, flips = divergence(batches, chat)
             print(f"| {part} | {scheme} | {bits:.2g} | {100 * flips:.2f} % | {'' if part in PARTS else accuracy(chat)} |", flush=True)
 
     print("\n| layer | " + " | ".join(f"{scheme}: error | theory" for scheme in GROUPS) + " |\n" + "|---" * (1 + 2 * len(GROUPS)) + "|")

@@ -100,7 +100,8 @@ def test_another_model_gets_the_bundled_picture_only_when_nothing_is_asked(argum
 @pytest.mark.parametrize(
     "free, arguments, hint",
     [
-        (1e6, [], "--dtype bfloat16"),
+        (8e6, [], "use --dtype bfloat16"),
+        (3.7e6, [], "use --dtype bfloat16 --quantize int4"),
         (12.6e6, [], "--max-new-tokens"),
         (12.6e6, ["--chat"], "--max-new-tokens"),
         (1e6, ["--dtype", "float16"], "model"),
