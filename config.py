@@ -139,7 +139,7 @@ class LlavaConfig:
     image_id: int
     pad_id: int
     eos_ids: tuple[int, ...]
-    quantized: str | None  # the scheme of quantize.py that the weights are stored in; None: in 16 or 32 bits
+    quantized: str | None = None  # the scheme of quantize.py that the weights are stored in; None: in 16 or 32 bits
 
     @property
     def features_per_image(self):

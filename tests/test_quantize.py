@@ -199,9 +199,9 @@ def test_the_memory_of_loading_is_the_quantised_model_and_little_more(monkeypatc
     alive, read = [], checkpoint.Stored.read
     most = []
 
-    def watched(self):
+    def watched(self, device="cpu"):
         most.append(sum(ref() is not None for ref in alive))
-        tensor = read(self)
+        tensor = read(self, device)
         if self.name.endswith("_proj.weight") and "language_model" in self.name:
             alive.append(weakref.ref(tensor.untyped_storage()))
         return tensor
