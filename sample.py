@@ -25,6 +25,7 @@ from device import WORKSPACE, choose_device, choose_dtype, free_memory
 from generate import compiled
 from images import open_image
 from llava import Llava
+from lora import load_adapter, refuse_merged
 from marks import draw_marks, parse_mark, refer
 from quantize import GROUPS, replace
 
@@ -41,6 +42,7 @@ def argument_parser(command, description):
     parser.error = fail  # one line, without the usage
     parser.add_argument("question", nargs="?", metavar="QUESTION", help=f'the question; "-" reads it from standard input ["{QUESTION}"]')
     parser.add_argument("--model", help="checkpoint folder, or name on the Hugging Face hub [the bundled tiny/llava]")
+    parser.add_argument("--adapter", metavar="DIR", help="what train.py --lora made for this model, or PEFT")
     parser.add_argument(
         "--image",
         action="append",
@@ -145,6 +147,9 @@ def load(args, pictures):
             hint = smaller(config, dtype, scheme, free) or "use a smaller model" + " or --device cpu" * (device != "cpu")
         raise ValueError(f"{device} has {size(free)} free, {size(needed)} are needed; {hint}")
     chat = Chat.from_pretrained(folder, device, dtype, args.quantize)
+    if args.adapter is not None:
+        load_adapter(chat.model, args.adapter)
+        refuse_merged(folder, args.adapter)
     chat.system, chat.pad = args.system, args.pad
     if args.compile:
         chat.model.decode_step = compiled(chat.model)

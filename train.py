@@ -2,10 +2,11 @@
 
     python train.py --stage 1 --model DIR --data align.json    --images FOLDER --out DIR     # projector alone
     python train.py --stage 2 --model DIR --data instruct.json --images FOLDER --out DIR     # projector and language model
+    python train.py --stage 2 --lora 16 …                                                    # projector and an adapter
 
 The vision tower stays frozen. Only what the assistant says is learnt, with the end mark after it. The data is a JSON list
 of {"image": file, "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": …}, …]};
-a record without "image" is text alone. The result is a checkpoint folder like the one started from.
+a record without "image" is text alone. The result is a checkpoint folder like the one started from, or an adapter (lora.py).
 
 A run that was killed goes on where its last state was saved when the same command is given again; one that has finished
 is not begun anew.
@@ -32,6 +33,7 @@ from device import choose_device
 from images import ImageProcessor, open_image
 from inputs import IGNORED
 from llava import Llava
+from lora import WEIGHTS, adapted, add_adapter, save_adapter
 from tokenizer import STYLES, Tokenizer, chat_prompt, expand_images
 
 LARGE = 100e6  # parameters of a model above which activations are checkpointed by default
@@ -157,7 +159,8 @@ def prepare(model, stage, dtype, checkpoint_activations):
     checkpoint_activations: the backward pass finds each block's input only, and runs the block again for all else
     (Chen et al. 2016, https://arxiv.org/abs/1604.06174).
     """
-    learners = [model.projector, model.language_model][:stage]
+    adapter = [part for layer in adapted(model).values() for part in (layer.lora_A, layer.lora_B)]
+    learners = [model.projector, *(adapter or [model.language_model])] if stage == 2 else [model.projector]
     parameters = [parameter for module in learners for parameter in module.parameters()]
     for parameter in parameters:  # float32: in 16 bits a step of the optimiser would round to nothing
         parameter.data = parameter.data.float().clone()
@@ -199,10 +202,16 @@ def main():
     parser.add_argument("--data", type=Path, required=True, help="JSON list of conversations")
     parser.add_argument("--images", type=Path, required=True, help="folder that the records' image files are in")
     parser.add_argument("--out", type=Path, required=True, help="folder for the result, and for the state to resume from")
+    parser.add_argument(
+        "--lora", type=positive(int), metavar="RANK", help="in stage 2, leave the language model and train an adapter of it"
+    )
+    parser.add_argument("--lora-alpha", type=positive(float), help="the adapter's weight is this by its rank [twice the rank]")
     parser.add_argument("--epochs", type=positive(int), default=1)
     parser.add_argument("--batch-size", type=positive(int), default=16, help="conversations in one forward pass")
     parser.add_argument("--accumulate", type=positive(int), default=1, help="forward passes for one step of the optimiser")
-    parser.add_argument("--lr", type=positive(float), help="peak learning rate [LLaVA-1.5: 1e-3 in stage 1, 2e-5 in stage 2]")
+    parser.add_argument(
+        "--lr", type=positive(float), help="peak learning rate [LLaVA-1.5: 1e-3 in stage 1, 2e-5 in stage 2, 2e-4 with --lora]"
+    )
     parser.add_argument("--warmup", type=float, default=0.03, help="share of the steps")
     parser.add_argument("--max-length", type=positive(int), default=2048, help="tokens of a conversation, features of its picture included")
     parser.add_argument("--pad", action="store_true", help="pad pictures to a square, as the original does")
@@ -246,8 +255,12 @@ def train(args):
     torch.manual_seed(args.seed)
     args.device = choose_device(args.device)
     source, dtype = checkpoint_folder(args.model), getattr(torch, args.dtype)
-    if (args.out / "model.safetensors").is_file():
+    if any((args.out / name).is_file() for name in ("model.safetensors", WEIGHTS)):
         raise ValueError(f"{args.out} holds a finished checkpoint; remove it, or give another --out")
+    if args.lora and args.stage == 1:
+        raise ValueError("--lora is for stage 2; stage 1 trains the projector alone")
+    if args.lora_alpha and not args.lora:
+        raise ValueError("--lora-alpha is for an adapter; give its rank by --lora")
     tokenizer, processor = Tokenizer.from_pretrained(source), ImageProcessor.from_pretrained(source)
     model = Llava.from_pretrained(source, args.device)
     if model.config.quantized:
@@ -261,11 +274,13 @@ def train(args):
     checkpointed = args.checkpoint_activations
     if checkpointed is None:
         checkpointed = sum(parameter.numel() for parameter in model.parameters()) > LARGE
+    if args.lora:
+        add_adapter(model, args.lora, args.lora_alpha or 2 * args.lora)
     parameters, optimizer, autocast = prepare(model, args.stage, dtype, checkpointed)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
 
     batches = make_batches(data.lengths, args.batch_size, args.epochs, args.seed)
-    steps, peak = math.ceil(len(batches) / args.accumulate), args.lr or (1e-3 if args.stage == 1 else 2e-5)
+    steps, peak = math.ceil(len(batches) / args.accumulate), args.lr or (1e-3 if args.stage == 1 else 2e-4 if args.lora else 2e-5)
     args.out.mkdir(parents=True, exist_ok=True)
     state_file, step = args.out / "training-state.pt", 0
     # A run may go on with others of these.
@@ -318,8 +333,11 @@ def train(args):
             save_state(dict(step=step, run=run, parameters=parameters, optimizer=optimizer.state_dict()), state_file)
             saved_at = time.monotonic()
     progress.close()
-    unchanged = {name: tensor for name, tensor in read_headers(source).items() if name in frozen}
-    save_checkpoint(model, source, args.out, stored, unchanged)
+    if args.lora:
+        save_adapter(model, args.out, args.model, stored)
+    else:
+        unchanged = {name: tensor for name, tensor in read_headers(source).items() if name in frozen}
+        save_checkpoint(model, source, args.out, stored, unchanged)
     state_file.unlink(missing_ok=True)
     print(f"saved {args.out}", file=sys.stderr)
 

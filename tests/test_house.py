@@ -11,6 +11,7 @@ MAY = {name: set() for name in ALONE} | {
     "generate": {"llama"},
     "inputs": {"tokenizer"},
     "llava": {"clip", "llama", "config", "checkpoint", "generate", "quantize", "inputs"},
+    "lora": {"llava", "checkpoint", "config"},
     "chat": {"llava", "images", "tokenizer", "llama", "checkpoint", "generate"},
 }
 ABOVE = {"sample", "train", "lessons", "bench", "tiny"}  # nothing that the model is made of imports these

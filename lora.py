@@ -1,0 +1,221 @@
+"""LoRA, adapters of low rank (Hu et al. 2021, https://arxiv.org/abs/2106.09685): the weights stay as they are, and beside each
+matrix a small change to it is learnt. A 7B that wants 109 GB to be trained in full is then trained on one card of 24 GB.
+
+    python train.py --stage 2 --lora 16 --model MODEL --data … --images … --out ADAPTER     # train one
+    python sample.py --model MODEL --adapter ADAPTER "What is this?"                        # use it
+    python lora.py merge MODEL ADAPTER OUT                                                  # a checkpoint like any other
+
+An adapter is stored as PEFT stores it, with the projector, which is trained whole, in the same file: PEFT's
+`modules_to_save`. So `peft` reads ours onto the model of `transformers`, and we read those that it made.
+
+The model knows nothing of this: its linear layers are exchanged for others.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from checkpoint import checkpoint_folder, our_name, read_json, save_checkpoint
+from config import REAL, SIZE, check, only
+from llava import Llava
+
+LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # all linear layers of a Llama's block
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PEFT = "base_model.model."  # what PEFT puts before the name that a tensor has in transformers
+FIELDS = {  # of adapter_config.json; each variant that computes something else is refused by its name
+    "peft_type": only("LORA"),
+    "r": SIZE,
+    "lora_alpha": REAL,
+    "lora_dropout": (lambda value: type(value) in (int, float) and 0 <= value < 1, "a number from 0 to below 1"),
+    "bias": only("none"),
+    "init_lora_weights": only(True, False, "gaussian"),  # others begin by changing the base
+    **dict.fromkeys(("use_dora", "use_rslora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out"), only(False, None)),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern", "layer_replication", "alora_invocation_tokens"), only(None, {}, [])),
+}
+
+
+class LoRALinear(nn.Module):
+    """A linear layer W, frozen, and the change to it that is learnt: (…, in) -> (…, out), by section 4.1 of the paper
+
+        h = W x + (α / r) · B A x
+
+    A is (r, in) and B (out, r). A begins at random and B at zero, so an adapter that has learnt nothing changes nothing.
+    Dividing by r lets the learning rate stay when the rank is changed.
+
+    base: what maps (…, in) to (…, out) and says its in_features and out_features: an nn.Linear, or quantised weights.
+    dropout: the share of x that A does not see, in training alone. Raises ValueError for numbers that make no adapter.
+    """
+
+    def __init__(self, base, rank, alpha, dropout=0.0):
+        super().__init__()
+        check("LoRA", {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout}, FIELDS)
+        self.base, self.rank, self.alpha, self.dropout = base, rank, alpha, dropout
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False)
+        self.lora_B = nn.Linear(rank, base.out_features, bias=False)
+        nn.init.zeros_(self.lora_B.weight)
+        self.requires_grad_(False)  # until they are trained, as all weights here
+
+    def forward(self, x):
+        change = self.lora_B(self.lora_A(F.dropout(x, self.dropout, self.training)))
+        return self.base(x) + change * (self.alpha / self.rank)
+
+
+def adapted(model):
+    """The layers that have an adapter: {name: LoRALinear}."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def add_adapter(model, rank, alpha, dropout=0.0, layers=LAYERS):
+    """Give these layers of each of the Llama's blocks an adapter that has learnt nothing yet. Raises ValueError for layers that
+    no block has, and for a model that has an adapter."""
+    names = [name for name, _ in model.named_modules() if name.startswith("language_model.layers.")]
+    if unknown := [layer for layer in layers if not any(name.endswith(f".{layer}") for name in names)]:
+        raise ValueError(f"the blocks have no linear layer {unknown[0]!r}; expected some of {', '.join(LAYERS)}")
+    _exchange(model, [name for name in names if name.rpartition(".")[2] in layers], rank, alpha, dropout)
+
+
+def _exchange(model, names, rank, alpha, dropout):
+    if adapted(model):
+        raise ValueError("the model has an adapter already; merge it first")
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        layer = LoRALinear(model.get_submodule(name), rank, alpha, dropout).train(model.training)
+        layer.lora_A.to(model.device), layer.lora_B.to(model.device)
+        setattr(model.get_submodule(parent), leaf, layer)
+
+
+def save_adapter(model, out, base, dtype):
+    """Write the adapter that `add_adapter` made, and the projector, into the folder `out`.
+
+    base: the name or folder of the checkpoint that it is for, to be written down.
+    """
+    layers = adapted(model)
+    first = next(iter(layers.values()))
+    tensors = {f"{name}.{part}.weight": getattr(layer, part).weight for name, layer in layers.items() for part in ("lora_A", "lora_B")}
+    tensors |= {f"multi_modal_projector.{name}": parameter for name, parameter in model.projector.named_parameters()}
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": str(base),
+        "r": first.rank,
+        "lora_alpha": first.alpha,
+        "lora_dropout": first.dropout,
+        "bias": "none",
+        "target_modules": [f"model.{name}" for name in layers],  # in full: "q_proj" alone would be the vision tower's too
+        "modules_to_save": ["multi_modal_projector"],
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+    partial = out / f"{WEIGHTS}.partial"  # put in place when whole, and last
+    tensors = {f"{PEFT}model.{name}": tensor.detach().to("cpu", dtype) for name, tensor in tensors.items()}
+    save_file(tensors, partial, metadata={"format": "pt"})
+    os.chmod(partial, 0o644)
+    os.replace(partial, out / WEIGHTS)
+
+
+def load_adapter(model, adapter):
+    """Put an adapter in PEFT's format on the model, which is changed only if all of it fits.
+
+    adapter: its folder, or a name on the hub. Which layers it changes its tensors' names say; a projector that is stored
+    with it takes the place of the model's. Raises FileNotFoundError or ValueError for what is missing, damaged, of another
+    kind than LoRA's plain one, or of another model.
+    """
+    folder = checkpoint_folder(adapter)
+    if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
+        raise FileNotFoundError(f"{folder} has no {missing[0]}: an adapter is an {CONFIG} and an {WEIGHTS}")
+    config = {"peft_type": None, "r": None, "lora_alpha": None, "lora_dropout": 0.0} | read_json(folder / CONFIG)
+    check(f"{folder}: {CONFIG}", config, FIELDS)
+    try:
+        tensors = {our_name(name.removeprefix(PEFT)): tensor for name, tensor in load_file(folder / WEIGHTS).items()}
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is damaged or cut short ({error}); fetch it again") from None
+
+    names = dict.fromkeys(name.rpartition(".lora_")[0] for name in tensors if ".lora_" in name)
+    if not names:
+        raise ValueError(f"{folder / WEIGHTS} holds no adapter: none of its tensors is a lora_A or a lora_B")
+    found, expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}, {}
+    if any(name.startswith("projector.") and ".lora_" not in name for name in tensors):
+        expected = {f"projector.{name}": tuple(parameter.shape) for name, parameter in model.projector.named_parameters()}
+    for name, module in model.named_modules():
+        if name in names and hasattr(module, "in_features"):
+            expected[f"{name}.lora_A.weight"] = (config["r"], module.in_features)
+            expected[f"{name}.lora_B.weight"] = (module.out_features, config["r"])
+    if wrong := sorted({name for name, _ in found.items() ^ expected.items()}):
+        first = f"{wrong[0]} is {found.get(wrong[0], 'missing')} there and {expected.get(wrong[0], 'missing')} here"
+        raise ValueError(f"{folder} is an adapter of another model, which differs in {len(wrong)} tensors: {first}")
+    _exchange(model, names, config["r"], config["lora_alpha"], config["lora_dropout"])
+    for name, tensor in tensors.items():
+        model.get_parameter(name).data = tensor.to(model.device, model.dtype)
+
+
+@torch.no_grad()
+def merge(model):
+    """Add the change to the weights, W + (α / r) · B A, and take the adapter away: as fast as a model that never had one.
+
+    In 16 bits the sum is rounded once more. Raises ValueError where there is no adapter, or quantised weights.
+    """
+    layers = adapted(model)
+    if not layers:
+        raise ValueError("there is no adapter to merge: none is on the model, or it is merged already")
+    for name, layer in layers.items():
+        if not isinstance(layer.base, nn.Linear):
+            why = "on the coarse grid of quantised weights a small change is rounded away"
+            raise ValueError(f"{name} is a {type(layer.base).__name__}: {why}; merge into the 16-bit checkpoint, then quantise that")
+    for name, layer in layers.items():
+        change = layer.lora_B.weight.float() @ layer.lora_A.weight.float() * (layer.alpha / layer.rank)
+        weight, (parent, _, leaf) = layer.base.weight, name.rpartition(".")
+        weight.data = (weight.float() + change).to(weight.dtype)
+        setattr(model.get_submodule(parent), leaf, layer.base)
+
+
+def fingerprint(adapter):
+    with open(checkpoint_folder(adapter) / WEIGHTS, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def refuse_merged(source, adapter):
+    """Raises ValueError if the checkpoint in the folder `source` has this adapter in its weights: it would count twice."""
+    if fingerprint(adapter) in read_json(source / "config.json").get("merged_adapters", []):
+        raise ValueError(f"{adapter} is merged into {source} already; use that without it")
+
+
+def merge_checkpoint(source, adapter, out):
+    """Write the checkpoint `source` with the adapter merged into its weights to a new folder, whose config.json says so."""
+    source = checkpoint_folder(source)
+    if out.exists():
+        raise ValueError(f"{out} is there already; give the name of a new folder")
+    model = Llava.from_pretrained(source)
+    load_adapter(model, adapter)
+    refuse_merged(source, adapter)
+    merge(model)
+    partial = out.with_name(f"{out.name}.partial")  # put in place when whole
+    save_checkpoint(model, source, partial, model.dtype)
+    config = read_json(partial / "config.json")
+    config["merged_adapters"] = [*config.get("merged_adapters", []), fingerprint(adapter)]
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    os.replace(partial, out)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("action", choices=["merge"])
+    parser.add_argument("model", help="the checkpoint that the adapter is for: a folder or a name on the hub")
+    parser.add_argument("adapter", help="the adapter: a folder or a name on the hub")
+    parser.add_argument("out", type=Path, help="a new folder for the merged checkpoint")
+    args = parser.parse_args()
+    try:
+        merge_checkpoint(args.model, args.adapter, args.out)
+    except (ValueError, OSError) as error:
+        sys.exit(f"lora.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
