@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from bench.shapes import SHAPES, write_configs
 from config import LlavaConfig
 from llava import Llava
+from lora import add_adapter
 from train import prepare
 
 
@@ -48,10 +49,11 @@ class Count(TorchDispatchMode):
         self.now -= size
 
 
-def training_memory(config, stage, checkpointed, rows, tokens, dtype=torch.bfloat16):
+def training_memory(config, stage, checkpointed, rows, tokens, dtype=torch.bfloat16, lora=None):
     """Bytes of one step: held throughout, saved by a forward pass for its backward pass, and at the peak.
 
     `rows` conversations of `tokens` tokens, each with one picture. Gradients count as held: with --accumulate they are.
+    lora: the rank of the adapter that is trained in place of the language model.
     """
     with torch.device("meta"):
         model = Llava(config)
@@ -60,6 +62,8 @@ def training_memory(config, stage, checkpointed, rows, tokens, dtype=torch.bfloa
             module, _, leaf = name.rpartition(".")
             empty = torch.nn.Parameter(torch.empty(parameter.shape, dtype=dtype), requires_grad=False)
             setattr(model.get_submodule(module), leaf, empty)
+        if lora:
+            add_adapter(model, lora, 2 * lora)
         parameters, optimizer, autocast = prepare(model, stage, dtype, checkpointed)
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
@@ -92,10 +96,10 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             write_configs(shape, Path(folder))
             config = LlavaConfig.from_pretrained(folder)
-        for stage in (1, 2):
+        for trained, stage, lora in (("stage 1", 1, None), ("stage 2", 2, None), ("LoRA 16", 2, 16)):
             for checkpointed in (False, True):
-                name = f"{shape.upper()}, stage {stage}" + ", checkpointed" * checkpointed
-                runs = [training_memory(config, stage, checkpointed, *size) for size in sizes]
+                name = f"{shape.upper()}, {trained}" + ", checkpointed" * checkpointed
+                runs = [training_memory(config, stage, checkpointed, *size, lora=lora) for size in sizes]
                 print(f"| {name} | {runs[0][0] / 1e9:.0f} | " + " | ".join(f"{peak / 1e9:.0f}" for _, _, peak in runs) + " |", flush=True)
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from chat import Chat
 from lora import load_adapter
 from tiny.grade import as_markdown, commonest, right, table
-from tiny.world import KINDS, NUMBERS, PLACES, QUESTIONS, conversation, draw, held_out_questions, llava_record, make_scene
+from tiny.world import KINDS, NUMBERS, PLACES, conversation, draw, held_out_questions, llava_record, make_scene
 
 MASCULINE = {"circle": "Kreis", "star": "Stern", "ring": "Ring"}
 NEUTER = {"square": "Quadrat", "triangle": "Dreieck", "cross": "Kreuz", "thing": "Ding"}

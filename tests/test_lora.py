@@ -1,0 +1,370 @@
+"""Adapters: they begin as nothing, leave the base as it is, go to disk and back, and merge once."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from random import Random
+from shutil import copytree
+
+import pytest
+import torch
+import torch.nn as nn
+from safetensors.torch import load_file, save_file
+
+import train
+from llava import Llava
+from lora import (
+    CONFIG,
+    LAYERS,
+    WEIGHTS,
+    LoRALinear,
+    adapted,
+    add_adapter,
+    fingerprint,
+    load_adapter,
+    main,
+    merge,
+    merge_checkpoint,
+    refuse_merged,
+    save_adapter,
+)
+from tests.compare import FAMILIES, FIXTURES
+from tests.test_sample import sample
+from tests.test_train import TINY, run
+from tiny.german import german
+from tiny.german import write as write_german
+from tiny.world import conversation, make_scene, write
+from tokenizer import Tokenizer
+
+BASE = FIXTURES / "llava"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write(folder, 12, seed=5)
+    return folder
+
+
+def model_of(family="llava"):
+    return Llava.from_pretrained(FIXTURES / family, dtype=torch.float32)
+
+
+def learn(model, seed=0):
+    """As if the adapter and the projector had been trained."""
+    random = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name or name.startswith("projector."):
+            parameter.data = torch.randn(parameter.shape, generator=random) * 0.2
+
+
+@torch.no_grad()
+def logits(model):
+    config = model.config
+    ids = torch.tensor([[1, config.image_id, 5, 6, 7], [1, 8, 9, config.image_id, 10]])
+    side = config.vision.image_size
+    return model(ids, torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))).logits
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """The folder of an adapter for the fixture's LLaVA, and the logits of the model with it."""
+    model = model_of()
+    add_adapter(model, rank=2, alpha=6)
+    learn(model)
+    save_adapter(model, tmp_path / "adapter", BASE, torch.float32)
+    return tmp_path / "adapter", logits(model)
+
+
+def test_the_change_is_the_papers_formula():
+    base, x = nn.Linear(5, 3), torch.randn(2, 4, 5)
+    layer = LoRALinear(base, rank=2, alpha=6)
+    nn.init.normal_(layer.lora_B.weight)
+    W, b, A, B = base.weight, base.bias, layer.lora_A.weight, layer.lora_B.weight
+    torch.testing.assert_close(layer(x), x @ (W + 6 / 2 * B @ A).T + b)
+
+
+def test_dropout_is_for_training_and_leaves_the_base_what_it_sees():
+    layer, x = LoRALinear(nn.Linear(50, 3), rank=2, alpha=2, dropout=0.5), torch.randn(4, 50)
+    torch.testing.assert_close(layer.train()(x), layer.base(x))  # B is zero: only the base is heard
+    nn.init.normal_(layer.lora_B.weight)
+    assert not torch.equal(layer.train()(x), layer(x))
+    assert torch.equal(layer.eval()(x), layer(x))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_adapter_that_has_learnt_nothing_changes_nothing(family):
+    model = model_of(family)
+    before = logits(model)
+    add_adapter(model, rank=4, alpha=8)
+    assert len(adapted(model)) == len(LAYERS) * model.config.text.num_hidden_layers
+    assert torch.equal(logits(model), before)
+
+
+def test_only_the_layers_that_are_named():
+    model = model_of()
+    add_adapter(model, rank=4, alpha=8, layers=("q_proj", "v_proj"))
+    assert {name.rpartition(".")[2] for name in adapted(model)} == {"q_proj", "v_proj"}
+    assert all(name.startswith("language_model.") for name in adapted(model))  # the vision tower has a q_proj too
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_equals_unmerged(family):
+    model = model_of(family)
+    before = logits(model)
+    add_adapter(model, rank=2, alpha=6)
+    learn(model)
+    unmerged = logits(model)
+    assert (unmerged - before).abs().max() > 0.1
+    merge(model)
+    assert not adapted(model)
+    assert (logits(model) - unmerged).abs().max() / unmerged.abs().max() < 1e-5
+    with pytest.raises(ValueError, match="no adapter to merge"):
+        merge(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_adapter_goes_to_disk_and_back(family, tmp_path):
+    model = model_of(family)
+    add_adapter(model, rank=2, alpha=6)
+    learn(model)
+    save_adapter(model, tmp_path, FIXTURES / family, torch.float32)
+    again = model_of(family)
+    load_adapter(again, tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    assert not any(parameter.requires_grad for parameter in again.parameters())
+
+
+def test_it_is_written_in_pefts_names(adapter):
+    folder, _ = adapter
+    config, names = json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS).keys()
+    assert (config["peft_type"], config["r"], config["lora_alpha"], config["modules_to_save"]) == ("LORA", 2, 6, ["multi_modal_projector"])
+    layers = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in names if ".lora_" in name}
+    assert layers == {*config["target_modules"]} and "model.language_model.layers.1.mlp.up_proj" in layers
+    assert "base_model.model.model.multi_modal_projector.linear_1.bias" in names
+
+
+class Eight(nn.Module):
+    """Weights in 8 bits, one scale a row: what takes a linear layer's place."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("scale", scale)
+        self.register_buffer("weight", (linear.weight.detach() / scale).round().to(torch.int8))
+
+    def forward(self, x):
+        return x @ (self.weight * self.scale).T
+
+
+def test_quantised_weights_take_an_adapter_but_no_merging(adapter):
+    model = model_of()
+    for block in model.language_model.layers:
+        block.mlp.up_proj = Eight(block.mlp.up_proj)
+    before = logits(model)
+    load_adapter(model, adapter[0])
+    assert not torch.equal(logits(model), before)
+    assert (logits(model) - adapter[1]).abs().max() < 0.5
+    with pytest.raises(ValueError, match="mlp.up_proj is a Eight: on the coarse grid of quantised weights"):
+        merge(model)
+    assert len(adapted(model)) == 14  # refused before anything was changed
+
+
+def test_a_merged_checkpoint_is_a_checkpoint_and_is_not_merged_again(adapter, tmp_path):
+    folder, expected = adapter
+    merge_checkpoint(BASE, folder, tmp_path / "merged")
+    merged = Llava.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert (logits(merged) - expected).abs().max() / expected.abs().max() < 1e-5
+    with pytest.raises(ValueError, match="is merged into .* already"):
+        merge_checkpoint(tmp_path / "merged", folder, tmp_path / "twice")
+    assert not (tmp_path / "twice").exists()
+    refuse_merged(BASE, folder)
+    with pytest.raises(ValueError, match="is there already"):
+        merge_checkpoint(BASE, folder, tmp_path / "merged")
+
+
+def test_the_command_that_merges(adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lora.py", "merge", str(BASE), str(adapter[0]), str(tmp_path / "merged")])
+    main()
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+    with pytest.raises(SystemExit, match="lora.py: .*merged is there already"):
+        main()
+
+
+@pytest.mark.parametrize("rank, alpha, dropout", [(0, 2, 0.0), (-1, 2, 0.0), (1.5, 2, 0.0), (2, 0, 0.0), (2, 2, 1.0)])
+def test_numbers_that_make_no_adapter(rank, alpha, dropout):
+    with pytest.raises(ValueError, match="LoRA has"):
+        add_adapter(model_of(), rank, alpha, dropout)
+
+
+def test_layers_that_are_none_and_a_second_adapter():
+    model = model_of()
+    with pytest.raises(ValueError, match="no linear layer 'fc1'"):
+        add_adapter(model, 2, 4, layers=("q_proj", "fc1"))
+    add_adapter(model, 2, 4)
+    with pytest.raises(ValueError, match="has an adapter already"):
+        add_adapter(model, 2, 4)
+
+
+def change_config(folder, **fields):
+    (folder / CONFIG).write_text(json.dumps(json.loads((folder / CONFIG).read_text()) | fields))
+
+
+def change_tensors(folder, change):
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+Q = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_"
+SPOILT = {
+    "no config": (lambda f: (f / CONFIG).unlink(), f"has no {CONFIG}"),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), f"has no {WEIGHTS}"),
+    "cut short": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-9]), "is damaged or cut short"),
+    "no JSON": (lambda f: (f / CONFIG).write_text("{"), "is not valid JSON"),
+    "another kind": (lambda f: change_config(f, peft_type="IA3"), "has peft_type 'IA3'"),
+    "a variant": (lambda f: change_config(f, use_dora=True), "has use_dora True"),
+    "a rank for some": (lambda f: change_config(f, rank_pattern={"q_proj": 4}), "has rank_pattern"),
+    "rank 0": (lambda f: change_config(f, r=0), "has r 0"),
+    "another rank": (lambda f: change_config(f, r=3), "which differs in 28 tensors: .* there and .* here"),
+    "half a layer": (lambda f: change_tensors(f, lambda t: t.pop(Q + "B.weight")), "q_proj.lora_B.weight is missing there"),
+    "a layer more": (lambda f: change_tensors(f, lambda t: t.update({Q.replace("0", "7") + "A.weight": torch.ones(2)})), "missing here"),
+    "another width": (lambda f: change_tensors(f, lambda t: t.update({Q + "A.weight": torch.ones(2, 9)})), r"\(2, 9\) there and \(2, 24\)"),
+    "no adapter": (lambda f: change_tensors(f, lambda t: [t.pop(n) for n in [*t] if "lora" in n]), "holds no adapter"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spoil, message", SPOILT.values(), ids=SPOILT)
+def test_an_adapter_that_does_not_fit_is_refused_and_the_model_left_alone(spoil, message, adapter):
+    spoil(adapter[0])
+    model = model_of()
+    before = logits(model)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_adapter(model, adapter[0])
+    assert not adapted(model) and torch.equal(logits(model), before)
+
+
+def test_an_adapter_of_another_family_is_refused(adapter):
+    with pytest.raises(ValueError, match="is an adapter of another model"):
+        load_adapter(model_of("vip"), adapter[0])
+
+
+def test_training_leaves_the_base_as_it_is_to_the_last_bit(monkeypatch, data, tmp_path):
+    """As it is stored, and as it is in memory when the run has ended."""
+    seen, save = {}, train.save_adapter
+
+    def look(model, *arguments):
+        seen["model"] = model
+        save(model, *arguments)
+
+    monkeypatch.setattr(train, "save_adapter", look)
+    stored = (Path(TINY) / "model.safetensors").read_bytes()
+    run(monkeypatch, data, tmp_path / "out", "--lora", "4")
+    assert (Path(TINY) / "model.safetensors").read_bytes() == stored
+    before = dict(Llava.from_pretrained(TINY, dtype=torch.float32).named_parameters())
+    after = {name.replace(".base.", "."): parameter for name, parameter in seen["model"].named_parameters() if ".lora_" not in name}
+    assert before.keys() == after.keys()
+    assert {n.split(".")[0] for n in before if not torch.equal(before[n], after[n])} == {"projector"}
+
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {CONFIG, WEIGHTS}
+    tensors = load_file(tmp_path / "out" / WEIGHTS)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}  # the type that the base came in
+    assert all(tensor.any() for name, tensor in tensors.items() if "lora_B" in name)  # every layer has learnt
+    config = json.loads((tmp_path / "out" / CONFIG).read_text())
+    assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 8, TINY)
+    model = Llava.from_pretrained(TINY)
+    load_adapter(model, tmp_path / "out")
+    with pytest.raises(SystemExit, match="holds a finished checkpoint"):
+        run(monkeypatch, data, tmp_path / "out", "--lora", "4")
+
+
+def test_a_killed_run_resumes_and_ends_the_same(monkeypatch, data, tmp_path, capsys):
+    def save_then_die(*arguments, save=train.save_state):
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    run(monkeypatch, data, tmp_path / "whole", "--lora", "4")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "save_state", save_then_die)
+        run(patch, data, tmp_path / "killed", "--lora", "4", "--save-every", "1e-9")
+    with pytest.raises(SystemExit, match="of a run with another lora"):
+        run(monkeypatch, data, tmp_path / "killed", "--lora", "8")
+    run(monkeypatch, data, tmp_path / "killed", "--lora", "4")
+    assert "going on from step 1" in capsys.readouterr().err
+    whole, killed = (load_file(tmp_path / name / WEIGHTS) for name in ("whole", "killed"))
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--lora", "0"], "--lora: 0 is not above 0"),
+        (["--lora", "4", "--stage", "1"], "--lora is for stage 2"),
+        (["--lora-alpha", "4"], "--lora-alpha is for an adapter"),
+    ],
+)
+def test_mistakes(options, message, monkeypatch, data, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, data, tmp_path, *options)
+    assert message in f"{stop.value} {capsys.readouterr().err}"
+
+
+def test_sample_takes_an_adapter(tmp_path):
+    model = Llava.from_pretrained(TINY)
+    add_adapter(model, rank=2, alpha=4)
+    for block in model.language_model.layers:
+        block.mlp.down_proj.lora_B.weight.data += 1
+    save_adapter(model, tmp_path / "adapter", TINY, torch.float16)
+    adapter = ("--adapter", str(tmp_path / "adapter"), "--max-new-tokens", "8")
+    status, said, _ = sample(*adapter)
+    assert status == 0 and said and not "A small black triangle at the top right, a large".startswith(said.strip())
+    status, _, error = sample("--adapter", "no/such/adapter")
+    assert status == 2 and "no/such/adapter: no such folder" in error
+    merged = copytree(TINY, tmp_path / "merged")
+    config = json.loads((merged / "config.json").read_text()) | {"merged_adapters": [fingerprint(tmp_path / "adapter")]}
+    (merged / "config.json").write_text(json.dumps(config))
+    status, _, error = sample("--model", str(merged), *adapter)
+    assert status == 2 and "already" in error
+
+
+def test_the_german_is_german():
+    assert german([
+        ("What do you see?", "A small purple cross at the top and a large orange ring in the centre."),
+        ("How many orange things are there?", "None."),
+        ("Is the small star above or below the red square?", "Above."),
+        ("Is there an orange circle?", "No."),
+        ("What colour is the large thing?", "Orange."),
+        ("Where is the ring?", "At the bottom left."),
+        ("What is at the top?", "A large blue star."),
+    ]) == [
+        ("Was siehst du?", "Ein kleines violettes Kreuz oben und ein großer oranger Ring in der Mitte."),
+        ("Wie viele orange Dinge gibt es?", "Keine."),
+        ("Ist der kleine Stern über oder unter dem roten Quadrat?", "Darüber."),
+        ("Gibt es einen orangen Kreis?", "Nein."),
+        ("Welche Farbe hat das große Ding?", "Orange."),
+        ("Wo ist der Ring?", "Unten links."),
+        ("Was ist oben?", "Ein großer blauer Stern."),
+    ]  # fmt: skip
+
+
+def test_all_that_is_said_in_the_world_has_its_german():
+    """One German for each English, so a German question asks for just as much; and no word is left in English."""
+    pairs, random = {}, Random(0)
+    for _ in range(300):
+        turns = conversation(make_scene(random), random, each=2)
+        for said, put in zip(turns, german(turns)):
+            pairs |= dict(zip(said, put))
+    assert len({*pairs.values()}) == len(pairs) > 2000
+    english = {word for text in pairs for word in re.findall(r"\w+", text.lower())}
+    left = {word for text in pairs.values() for word in re.findall(r"\w+", text.lower())} & english
+    assert left <= {"in", "orange", "ring"}
+
+
+def test_german_data_is_of_training_scenes_and_fits_the_context(tmp_path):
+    write_german(tmp_path, 12, seed=0)
+    records = json.loads((tmp_path / "instruct.json").read_text())
+    tokenizer = Tokenizer.from_pretrained(TINY)
+    lengths = [len(train.encode_conversation(record, tokenizer, "llava")[0]) + 63 for record in records]
+    assert len(records) == 12 and max(lengths) <= 512
