@@ -12,6 +12,10 @@ page: .venv/installed            # page.html: the bundled model in the browser, 
 exercise: .venv/installed        # make exercise N=1
 	.venv/bin/python -m lessons.exercises $(N)
 
+lora: .venv/installed            # teach the bundled model German by an adapter, then grade what it learnt and forgot
+	$(MAKE) tiny/build/german/adapter_model.safetensors
+	.venv/bin/python -m tiny.german --grade tiny/build/german
+
 # Everything below is for those who change the project; nothing above needs it.
 
 check: .venv/installed           # style; `.venv/bin/ruff format .` mends most of it
@@ -19,10 +23,11 @@ check: .venv/installed           # style; `.venv/bin/ruff format .` mends most o
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-parity: .venv/installed          # live, against transformers
-	.venv/bin/pip install --quiet transformers==5.23.0
+parity: .venv/installed          # live, against transformers and PEFT
+	.venv/bin/pip install --quiet transformers==5.23.0 peft==0.21.2
 	.venv/bin/python -m tests.parity
 	.venv/bin/python -m tests.tokenizer_parity
+	.venv/bin/python -m tests.parity_lora
 
 oldest: .venv-oldest/installed   # the suite on the oldest PyTorch that the README speaks of
 	.venv-oldest/bin/python -m pytest
@@ -31,6 +36,12 @@ tiny: .venv/installed            # make tiny/llava again, from nothing but seeds
 	$(MAKE) tiny/build/llava/model.safetensors
 	cp tiny/build/llava/*.json tiny/build/llava/tokenizer.model tiny/build/llava/model.safetensors tiny/llava/
 	.venv/bin/python -m tiny.grade --json tiny/accuracy.json
+
+tiny/german-data/instruct.json:
+	.venv/bin/python -m tiny.german
+tiny/build/german/adapter_model.safetensors: | tiny/german-data/instruct.json
+	.venv/bin/python train.py --stage 2 --lora 16 --model tiny/llava --data tiny/german-data/instruct.json --images tiny/german-data \
+		--out tiny/build/german --batch-size 8 --lr 2e-3
 
 tiny/data/instruct.json:
 	.venv/bin/python -m tiny.world
@@ -60,4 +71,4 @@ tiny/build/llava/model.safetensors: | tiny/build/tuned/model.safetensors tiny/mo
 	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -r .venv-oldest/requirements.txt
 	touch $@
 
-.PHONY: sample test page exercise check parity oldest tiny
+.PHONY: sample test page exercise lora check parity oldest tiny

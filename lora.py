@@ -77,10 +77,10 @@ def adapted(model):
 def add_adapter(model, rank, alpha, dropout=0.0, layers=LAYERS):
     """Give these layers of each of the Llama's blocks an adapter that has learnt nothing yet. Raises ValueError for layers that
     no block has, and for a model that has an adapter."""
-    names = [name for name, _ in model.named_modules() if name.startswith("language_model.layers.")]
-    if unknown := [layer for layer in layers if not any(name.endswith(f".{layer}") for name in names)]:
-        raise ValueError(f"the blocks have no linear layer {unknown[0]!r}; expected some of {', '.join(LAYERS)}")
-    _exchange(model, [name for name in names if name.rpartition(".")[2] in layers], rank, alpha, dropout)
+    if unknown := [layer for layer in layers if layer not in LAYERS]:
+        raise ValueError(f"{unknown[0]!r} is no linear layer of a block; expected some of {', '.join(LAYERS)}")
+    blocks = model.language_model.layers.named_modules(prefix="language_model.layers")
+    _exchange(model, [name for name, _ in blocks if name.endswith(tuple(layers))], rank, alpha, dropout)
 
 
 def _exchange(model, names, rank, alpha, dropout):
@@ -88,9 +88,9 @@ def _exchange(model, names, rank, alpha, dropout):
         raise ValueError("the model has an adapter already; merge it first")
     for name in names:
         parent, _, leaf = name.rpartition(".")
-        layer = LoRALinear(model.get_submodule(name), rank, alpha, dropout).train(model.training)
-        layer.lora_A.to(model.device), layer.lora_B.to(model.device)
-        setattr(model.get_submodule(parent), leaf, layer)
+        with torch.device(model.device):
+            layer = LoRALinear(model.get_submodule(name), rank, alpha, dropout)
+        setattr(model.get_submodule(parent), leaf, layer.train(model.training))
 
 
 def save_adapter(model, out, base, dtype):
@@ -149,8 +149,9 @@ def load_adapter(model, adapter):
             expected[f"{name}.lora_A.weight"] = (config["r"], module.in_features)
             expected[f"{name}.lora_B.weight"] = (module.out_features, config["r"])
     if wrong := sorted({name for name, _ in found.items() ^ expected.items()}):
-        first = f"{wrong[0]} is {found.get(wrong[0], 'missing')} there and {expected.get(wrong[0], 'missing')} here"
-        raise ValueError(f"{folder} is an adapter of another model, which differs in {len(wrong)} tensors: {first}")
+        first = f"its {wrong[0]} is {found.get(wrong[0], 'missing')}, expected {expected.get(wrong[0], 'none')}"
+        why = "it is of another model, or holds more than changes of linear layers and a projector"
+        raise ValueError(f"{folder} does not fit in {len(wrong)} tensors ({why}): {first}")
     _exchange(model, names, config["r"], config["lora_alpha"], config["lora_dropout"])
     for name, tensor in tensors.items():
         model.get_parameter(name).data = tensor.to(model.device, model.dtype)
