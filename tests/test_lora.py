@@ -228,7 +228,7 @@ SPOILT = {
     "a variant": (lambda f: change_config(f, use_dora=True), "has use_dora True"),
     "a rank for some": (lambda f: change_config(f, rank_pattern={"q_proj": 4}), "has rank_pattern"),
     "rank 0": (lambda f: change_config(f, r=0), "has r 0"),
-    "another rank": (lambda f: change_config(f, r=3), r"does not fit in 28 tensors .* is \(2, 24\), expected \(3, 24\)"),
+    "another rank": (lambda f: change_config(f, r=3), r"does not fit in 28 tensors .* is \(2, 40\), expected \(3, 40\)"),
     "half a layer": (lambda f: change_tensors(f, lambda t: t.pop(Q + "B.weight")), "q_proj.lora_B.weight is missing, expected"),
     "a layer more": (lambda f: change_tensors(f, lambda t: t.update({Q.replace("0", "7") + "A.weight": torch.ones(2)})), "expected none"),
     "another width": (lambda f: change_tensors(f, lambda t: t.update({Q + "A.weight": torch.ones(2, 9)})), r"\(2, 9\), expected \(2, 24\)"),
