@@ -9,8 +9,11 @@ test: .venv/installed
 page: .venv/installed            # page.html: the bundled model in the browser, in one file
 	.venv/bin/python -m lessons.page
 
-exercise: .venv/installed        # make exercise N=1
-	.venv/bin/python -m lessons.exercises $(N)
+exercise: .venv/installed        # make exercise N=1, or a hint instead: make exercise N=1 HINT=1
+	.venv/bin/python -m lessons.exercises $(N) $(if $(HINT),--hint $(HINT))
+
+notebook: .venv/notebook         # lessons/walkthrough.ipynb from top to bottom, compared with what is stored in it
+	.venv/bin/python -m lessons.run_notebook
 
 lora: .venv/installed            # teach the bundled model German by an adapter, then grade what it learnt and forgot
 	$(MAKE) tiny/build/german/adapter_model.safetensors
@@ -65,10 +68,14 @@ tiny/build/llava/model.safetensors: | tiny/build/tuned/model.safetensors tiny/mo
 	@.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
+.venv/notebook: .venv/installed lessons/requirements.txt
+	@.venv/bin/pip install --quiet --disable-pip-version-check -r lessons/requirements.txt
+	@touch $@
+
 .venv-oldest/installed: requirements.txt
 	$(PYTHON) -m venv .venv-oldest
 	sed 's/^torch==.*/torch==2.6.0/' requirements.txt > .venv-oldest/requirements.txt
 	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -r .venv-oldest/requirements.txt
 	touch $@
 
-.PHONY: sample test page exercise lora check parity oldest tiny
+.PHONY: sample test page exercise notebook lora check parity oldest tiny

@@ -1,4 +1,4 @@
-"""Check an exercise: python -m lessons.exercises 1
+"""Check an exercise: python -m lessons.exercises 1        (--hint 1 shows a hint instead)
 
 What you wrote in lessons/exercises/e1_….py takes the place of the real function, and the project's own tests run.
 """
@@ -8,6 +8,8 @@ import sys
 from importlib import import_module
 
 import pytest
+
+from lessons.exercises import hint
 
 # Of each exercise: its file, what of it takes whose place, and the tests that then have to pass.
 STAGES = "tests/test_parity.py::test_every_stage"
@@ -30,6 +32,36 @@ EXERCISES = {
             "tests/test_parity.py::test_cache_changes_nothing_at_any_step",
             "tests/test_parity.py::test_prompt_in_two_pieces",
             "tests/test_generate.py",
+        ],
+    ),
+    9: (
+        "e9_prompt",
+        {"encode_conversation": "train.encode_conversation"},
+        [
+            "tests/test_train.py::test_labels_are_the_assistants_words_and_the_end_mark",
+            "tests/test_train.py::test_a_conversation_is_encoded_as_it_will_be_read",
+            "tests/test_train.py::test_a_record_that_is_no_conversation_is_an_error",
+        ],
+    ),
+    10: (
+        "e10_sampling",
+        {"sample": "generate.sample"},
+        [
+            "tests/test_generate.py::test_draws_follow_the_tempered_softmax",
+            "tests/test_generate.py::test_top_k_and_top_p",
+            "tests/test_generate.py::test_each_row_draws_for_itself_whatever_the_order_of_its_logits",
+            "tests/test_generate.py::test_options_that_amount_to_greedy",
+            "tests/test_generate.py::test_seed",
+        ],
+    ),
+    11: (
+        "e11_preprocessing",
+        {"__call__": "images.ImageProcessor.__call__"},
+        [
+            "tests/test_images.py::test_pad_by_hand",
+            "tests/test_images.py::test_pixels_equal_transformers_to_the_last_bit",
+            "tests/test_images.py::test_a_batch_is_its_pictures",
+            "tests/test_images.py::test_crop_may_be_smaller_than_the_resized_picture",
         ],
     ),
     12: (
@@ -61,7 +93,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("number", type=int, choices=EXERCISES, help="of the exercise")
     parser.add_argument("--solution", action="store_true", help="check the solution that is kept beside it instead")
+    parser.add_argument("--hint", type=int, metavar="K", help="show the K-th hint, the mildest first, and check nothing")
     args = parser.parse_args()
+    if args.hint is not None:
+        try:
+            return hint(args.number, args.hint)
+        except ValueError as error:
+            parser.error(str(error))
     replace(args.number, args.solution)
     status = pytest.main(["--quiet", "--exitfirst", "--tb=short", "--no-header", "-p", "no:cacheprovider", *EXERCISES[args.number][2]])
     print(f"Exercise {args.number}: " + ("right." if status == 0 else "not yet; what failed stands above."))
