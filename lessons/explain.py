@@ -3,9 +3,10 @@
     python -m lessons.explain -o explained.html                      # the bundled picture, question and model
     python -m lessons.explain --image photo.jpg --model … "What is this?" -o explained.html
 
-The arguments are sample.py's. The page is one file without anything from elsewhere. It shows two things, and they differ:
-attention, which is what a layer read (a mean over its heads), and occlusion, which is how much less likely the word becomes
-when a part of the picture is greyed. Attention is not explanation: what was read need not have mattered.
+The arguments are sample.py's. The page is one file without anything from elsewhere. It shows three things, and they differ:
+attention, which is what a layer read (a mean over its heads, or one head), occlusion, which is how much less likely the word
+becomes when a part of the picture is greyed, and the logit lens, which is the word that each patch would predict if the model
+ended after some block. Attention is not explanation: what was read need not have mattered (lessons.pointing counts).
 """
 
 import base64
@@ -14,12 +15,15 @@ import json
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
 import sample
 from lessons.trace import spelling
 from tokenizer import STYLES, expand_images
+
+THUMBNAIL = 12  # cells at most along a side of what is kept of a single head: a 7B has 1,024 heads
 
 
 def answer_ids(chat, question, images, **options):
@@ -37,11 +41,24 @@ def answer_ids(chat, question, images, **options):
 
 @torch.no_grad()
 def attention_maps(chat, prompt, answer, pixels):
-    """What each token of the answer looked at when it was chosen: (layers, answer, positions), means over the heads."""
+    """What each token of the answer looked at when it was chosen: (layers, heads, answer, positions)."""
     ids = torch.tensor([prompt + answer])
     maps = chat.model(ids, pixels, output_attentions=True).attentions
     rows = slice(len(prompt) - 1, len(prompt) + len(answer) - 1)  # a token is chosen at the position before its own
-    return torch.stack([layer[0, :, rows].float().mean(0).cpu() for layer in maps])
+    return torch.stack([layer[0, :, rows].float().cpu() for layer in maps])
+
+
+@torch.no_grad()
+def lens(chat, prompt, pixels, patches):
+    """The logit lens: the likeliest next token at each patch if the model ended after each block, and its probability.
+
+    patches: the slice of the prompt that they stand in. Returns two tensors (layers, patches).
+    """
+    model = chat.model
+    states = model(torch.tensor([prompt]), pixels, output_hidden_states=True).hidden_states
+    states = [*map(model.language_model.norm, states[1:-1]), states[-1]]  # the last one is normalised already
+    best = [model.language_model.lm_head(state[0, patches]).float().softmax(-1).max(-1) for state in states]
+    return torch.stack([one.indices for one in best]).cpu(), torch.stack([one.values for one in best]).cpu()
 
 
 @torch.no_grad()
@@ -73,20 +90,49 @@ def as_seen(processor, pixels):
     return Image.fromarray(values.permute(1, 2, 0).numpy())
 
 
+def packed(values, dim):
+    """Weights as bytes, each a part of the largest one along the dimensions dim: {"scale", "bytes"}."""
+    scale = values.amax(dim, keepdim=True).clamp(min=1e-9)
+    return {"scale": scale.flatten().tolist(), "bytes": encoded((values / scale * 255).round().byte().numpy().tobytes())}
+
+
+def encoded(data):
+    return base64.b64encode(data).decode()
+
+
+def of_picture(chat, prompt, answer, pixels, maps, cells):
+    """What the page holds of the picture and its patches. maps: (layers, heads, answer, positions)."""
+    config, tokenizer = chat.model.config, chat.tokenizer
+    grid = config.vision.image_size // config.vision.patch_size
+    first = prompt.index(config.image_id) + config.keep_cls
+    patches = slice(first, first + grid**2)
+    seen = io.BytesIO()
+    as_seen(chat.processor, pixels).save(seen, "PNG")
+    side = min(grid, THUMBNAIL)
+    small = F.adaptive_avg_pool2d(maps[..., patches].unflatten(-1, (grid, grid)).flatten(0, 2), side)
+    tokens, probabilities = lens(chat, prompt, pixels, patches)
+    spelt = {token: spelling(tokenizer, token).strip() or "␣" for token in tokens.unique().tolist()}
+    return {
+        "picture": f"data:image/png;base64,{encoded(seen.getvalue())}",
+        "first": first,
+        "grid": grid,
+        "thumbnail": side,
+        "heads": packed(small, (1, 2)),
+        "on_picture": maps[..., patches].sum(-1).round(decimals=3).tolist(),
+        "on_first": maps[..., 0].round(decimals=3).tolist(),
+        "lens": [[spelt[token] for token in of_layer] for of_layer in tokens.tolist()],
+        "lens_probability": probabilities.double().round(decimals=3).tolist(),
+        "cells": cells,
+        "occlusion": occlusion_maps(chat, prompt, answer, pixels, cells).flatten(1).tolist(),
+    }
+
+
 def page(chat, question, images, cells, **options):
     """The page's HTML. cells: into how many rows and columns the picture is cut to be greyed."""
     config, tokenizer = chat.model.config, chat.tokenizer
     prompt, answer = answer_ids(chat, question, images, **options)
     pixels = chat.processor(images, pad=chat.pad) if images else None
-    maps = attention_maps(chat, prompt, answer, pixels)  # (layers, answer, positions)
-    scale = maps.amax(-1).clamp(min=1e-9)
-    quantised = (maps / scale[..., None] * 255).round().byte()
-    encoded = lambda data: base64.b64encode(data).decode()
-    picture, first = None, 0
-    if images:
-        seen = io.BytesIO()
-        as_seen(chat.processor, pixels).save(seen, "PNG")
-        picture, first = f"data:image/png;base64,{encoded(seen.getvalue())}", prompt.index(config.image_id) + config.keep_cls
+    maps = attention_maps(chat, prompt, answer, pixels)  # (layers, heads, answer, positions)
     words, position = [], 0
     for token in prompt:
         if token != config.image_id:
@@ -95,18 +141,13 @@ def page(chat, question, images, cells, **options):
             words.append((" [picture] ", None))
         position += 1
     data = {
-        "side": 448,
-        "picture": picture,
-        "first": first,
-        "grid": config.vision.image_size // config.vision.patch_size if images else 0,
         "prompt": words,
         "length": len(prompt),
         "positions": maps.shape[-1],
         "answer": ["(end)" if token in config.eos_ids else spelling(tokenizer, token) for token in answer],
         "probability": log_probabilities(chat, prompt, answer, pixels).exp().tolist(),
-        "attention": [{"scale": s.tolist(), "bytes": encoded(q.numpy().tobytes())} for s, q in zip(scale, quantised)],
-        "cells": cells,
-        "occlusion": occlusion_maps(chat, prompt, answer, pixels, cells).flatten(1).tolist() if images else [[] for _ in answer],
+        "attention": [packed(layer, -1) for layer in maps.mean(1)],
+        "of_picture": of_picture(chat, prompt, answer, pixels, maps, cells) if images else None,
     }
     template = (Path(__file__).parent / "explain.html").read_text(encoding="utf-8")
     return template.replace("DATA", json.dumps(data).replace("<", "\\u003c"))  # no text can end the script element

@@ -52,11 +52,11 @@ def differences(stored, new):
     return found
 
 
-def run(notebook, timeout=600):
+def run(notebook):
     """Execute a notebook's cells in place, in a kernel that starts in this folder, as Jupyter starts one."""
     from nbclient import NotebookClient
 
-    NotebookClient(notebook, timeout=timeout, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
+    NotebookClient(notebook, timeout=None, startup_timeout=300, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
 
 
 def bare(notebook):

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from images import open_image
+from lessons import explain
+from lessons.exercises import HINTS, check, hint
 from lessons.exercises.__main__ import EXERCISES, place_of
 from lessons.explain import as_seen, page
-from lessons.trace import splice_map, trace
+from lessons.trace import spelling, splice_map, trace
 from tokenizer import STYLES, expand_images
 
 PICTURE = "tiny/example.png"
@@ -91,8 +93,28 @@ def test_the_page_holds_what_the_model_read_and_what_mattered(chat):
         assert (weights.sum(1) - 1).abs().max() < 0.1  # in steps of 1/255 of the largest
         assert weights[0, data["length"] :].sum() == 0  # nothing of the answer was there for its first word
     assert all(0.5 < p <= 1 for p in data["probability"])
-    falls = torch.tensor(data["occlusion"])
+    falls = torch.tensor(data["of_picture"]["occlusion"])
     assert falls.shape == (count, 16) and falls.max() > 0.1
+
+
+@torch.no_grad()
+def test_the_page_holds_every_head_and_the_logit_lens(chat, monkeypatch):
+    question, picture, model = "Where is the ring?", open_image(PICTURE), chat.model
+    monkeypatch.setattr(explain, "THUMBNAIL", 4)  # as in a picture of many patches: each cell is the mean of 2 × 2
+    seen = data_of(page(chat, question, [picture], cells=1, max_new_tokens=20))["of_picture"]
+    prompt, answer = explain.answer_ids(chat, question, [picture])
+    out = model(torch.tensor([prompt + answer]), chat.processor([picture]), output_hidden_states=True, output_attentions=True)
+    maps = torch.stack(out.attentions)[:, 0, :, len(prompt) - 1 : -1]  # (layers, heads, answer, positions)
+    patches = maps[..., seen["first"] : seen["first"] + 64].unflatten(-1, (4, 2, 4, 2)).mean((-3, -1)).flatten(0, 2)
+    found = torch.tensor(list(base64.b64decode(seen["heads"]["bytes"]))).view(-1, 4, 4) / 255
+    assert (found * torch.tensor(seen["heads"]["scale"])[:, None, None] - patches).abs().max() < 0.002
+    assert torch.allclose(torch.tensor(seen["on_first"]), maps[..., 0], atol=6e-4)
+    assert torch.allclose(torch.tensor(seen["on_picture"]), maps[..., seen["first"] : seen["first"] + 64].sum(-1), atol=6e-4)
+    assert [len(words) for words in seen["lens"]] == [64] * 4
+    for words, states in ((seen["lens"][1], model.language_model.norm(out.hidden_states[2])), (seen["lens"][3], out.hidden_states[4])):
+        tokens = model.language_model.lm_head(states[0, seen["first"] : seen["first"] + 64]).argmax(-1)
+        assert words == [spelling(chat.tokenizer, int(token)).strip() or "␣" for token in tokens]
+    assert max(map(max, seen["lens_probability"])) <= 1
 
 
 def test_the_page_is_one_file_and_its_data_cannot_end_it(chat):
@@ -139,3 +161,26 @@ def test_a_solution_passes(number):
 def test_a_stub_does_not_pass():
     done = subprocess.run([sys.executable, "-m", "lessons.exercises", "1"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and done.stdout.endswith("Exercise 1: not yet; what failed stands above.\n")
+
+
+def test_every_exercise_has_hints(capsys):
+    assert [*HINTS] == [*EXERCISES] and all(len(hints) > 1 for hints in HINTS.values())
+    hint(9, 2)
+    assert capsys.readouterr().out == f"Exercise 9, hint 2 of {len(HINTS[9])}: {HINTS[9][1]}\n"
+    with pytest.raises(ValueError, match="there is no exercise 12; expected 1 to 11"):
+        hint(12)
+    with pytest.raises(ValueError, match=f"exercise 9 has hints 1 to {len(HINTS[9])}, not 0"):
+        hint(9, 0)
+
+
+@pytest.mark.parametrize("which, status, words", [("1", 0, "Exercise 2, hint 1 of"), ("7", 2, "exercise 2 has hints 1 to")])
+def test_a_hint_on_request(which, status, words):
+    done = subprocess.run([sys.executable, "-m", "lessons.exercises", "2", "--hint", which], capture_output=True, text=True, timeout=120)
+    assert done.returncode == status and words in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_check_from_a_notebook(capsys):
+    check(2)
+    assert "exercise 2: write the projector" in (said := capsys.readouterr().out) and said.endswith("what failed stands above.\n")
+    check(2, solution=True)
+    assert capsys.readouterr().out == "Exercise 2: right.\n"
