@@ -167,8 +167,8 @@ def test_every_exercise_has_hints(capsys):
     assert [*HINTS] == [*EXERCISES] and all(len(hints) > 1 for hints in HINTS.values())
     hint(9, 2)
     assert capsys.readouterr().out == f"Exercise 9, hint 2 of {len(HINTS[9])}: {HINTS[9][1]}\n"
-    with pytest.raises(ValueError, match="there is no exercise 12; expected 1 to 11"):
-        hint(12)
+    with pytest.raises(ValueError, match="there is no exercise 13; expected 1 to 12"):
+        hint(13)
     with pytest.raises(ValueError, match=f"exercise 9 has hints 1 to {len(HINTS[9])}, not 0"):
         hint(9, 0)
 
