@@ -62,6 +62,24 @@ tiny/build/llava/model.safetensors: | tiny/build/tuned/model.safetensors tiny/mo
 	.venv/bin/python train.py --stage 2 --model tiny/build/tuned --data tiny/more-data/instruct.json --images tiny/more-data \
 		--out tiny/build/llava --batch-size 16 --lr 5e-4
 
+tiny-vip: .venv/installed        # make tiny/vip-llava again, which goes on from tiny/llava
+	$(MAKE) tiny/build/vip-llava/model.safetensors
+	mkdir -p tiny/vip-llava
+	cp tiny/build/vip-llava/*.json tiny/build/vip-llava/tokenizer.model tiny/build/vip-llava/model.safetensors tiny/vip-llava/
+	.venv/bin/python -m tiny.grade --model tiny/vip-llava --json tiny/vip-accuracy.json
+
+tiny/marked-data/instruct.json:
+	.venv/bin/python -m tiny.marked
+tiny/build/vip-base/model.safetensors:
+	.venv/bin/python -m tiny.towers --style vip
+tiny/build/vip-aligned/model.safetensors: | tiny/build/vip-base/model.safetensors tiny/marked-data/instruct.json
+	.venv/bin/python train.py --stage 1 --model tiny/build/vip-base --data tiny/marked-data/align.json --images tiny/marked-data \
+		--out tiny/build/vip-aligned --batch-size 32 --lr 2e-3 --dtype bfloat16
+tiny/build/vip-llava/model.safetensors: | tiny/build/vip-aligned/model.safetensors
+	.venv/bin/python train.py --stage 2 --model tiny/build/vip-aligned --data tiny/marked-data/instruct.json --images tiny/marked-data \
+		--out tiny/build/vip-llava --batch-size 16 --lr 1e-3 --dtype bfloat16 \
+		--held-out tiny/marked-data/held-out.json --held-out tiny/marked-data/unmarked.json
+
 .venv/installed: requirements.txt
 	@echo "Installing PyTorch and six small packages into .venv, once."
 	@$(PYTHON) -m venv .venv
@@ -78,4 +96,4 @@ tiny/build/llava/model.safetensors: | tiny/build/tuned/model.safetensors tiny/mo
 	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -r .venv-oldest/requirements.txt
 	touch $@
 
-.PHONY: sample test page exercise notebook lora check parity oldest tiny
+.PHONY: sample test page exercise notebook lora check parity oldest tiny tiny-vip

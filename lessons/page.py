@@ -24,7 +24,7 @@ from images import ImageProcessor
 from llava import Llava
 from sample import fail
 from tiny import marked, world
-from tokenizer import SPECIAL_LITERALS, STYLES, TURN_MARKS, Tokenizer
+from tokenizer import SPECIAL_LITERALS, STYLES, TURN_LITERALS, Tokenizer
 
 HERE = Path(__file__).parent
 MOST = 12_000_000  # bytes of the page: more is no page that one sends to a friend
@@ -113,7 +113,7 @@ def page(model, tokenizer, processor, examples):
     config = model.config
     data = {
         "config": asdict(config) | {"features_per_image": config.features_per_image},
-        "style": STYLES[config.style] | {"specials": SPECIAL_LITERALS, "turns": TURN_MARKS[config.style]},
+        "style": STYLES[config.style] | {"specials": SPECIAL_LITERALS, "turns": TURN_LITERALS[config.style]},
         "tokenizer": vocabulary(tokenizer),
         "processor": asdict(processor),
         "examples": examples,

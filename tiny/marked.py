@@ -161,7 +161,7 @@ def write(folder, count, seed):
         for records, name, image in ((held_out, f"h{n:05d}", picture(layout, marked)), (unmarked, f"u{n:05d}", paint(*layout))):
             image.save(folder / f"images/{name}.png")
             records.append(llava_record(name, f"images/{name}.png", turns))
-    for name, records in (("align", align[: count // 8]), ("instruct", instruct), ("held-out", held_out), ("unmarked", unmarked)):
+    for name, records in (("align", align[: count // 4]), ("instruct", instruct), ("held-out", held_out), ("unmarked", unmarked)):
         (folder / f"{name}.json").write_text(json.dumps(records))
 
 
@@ -182,7 +182,7 @@ def held_out_questions(count, seed):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("tiny/marked-data"))
-    parser.add_argument("--count", type=int, default=64000, help="pictures to draw")
+    parser.add_argument("--count", type=int, default=28000, help="pictures to draw")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     write(args.out, args.count, args.seed)
