@@ -196,7 +196,8 @@ def compiled(model):
 
 def captured_from(model):
     """What a captured step depends on: the step itself, and where its weights lie."""
-    return model.decode_step, [parameter.data_ptr() for parameter in model.language_model.parameters()]
+    tensors = [*model.language_model.parameters(), *model.language_model.buffers()]  # quantised weights are buffers
+    return model.decode_step, [tensor.data_ptr() for tensor in tensors]
 
 
 class Graph:
