@@ -165,7 +165,7 @@ def test_the_answer_stays_and_the_divergence_grows_as_bits_fall(dtype, bundled):
     chats = {scheme: Chat(load(scheme, dtype), bundled.tokenizer, bundled.processor) for scheme in ("int8", "int4-32", "int4")}
     batches = own_answers(bundled, count=12)
     divergences = {scheme: divergence(batches, chat)[0] for scheme, chat in chats.items()}
-    assert 0 < divergences["int8"] < divergences["int4-32"] < divergences["int4"] < 0.05
+    assert 0 < 3 * divergences["int8"] < min(divergences["int4-32"], divergences["int4"]) < 0.05
 
 
 def test_a_compiled_step_gives_the_same_tokens():
