@@ -80,7 +80,7 @@ def marks_of(style):
     if style != "vip":
         return None
     scale = world.SIDE / marks.SIDE
-    widths = {kind: max(1, scale * sum(form.widths) / 2) for kind, form in marks.KINDS.items()}  # the middle of training's
+    widths = {kind: max(1, scale * sum(form.widths) / 2) for kind, form in marked.BOLD.items()}  # the middle of training's
     return {"relations": {kind: form.relation for kind, form in marks.KINDS.items()}, "widths": widths, "colours": marks.COLOURS}
 
 

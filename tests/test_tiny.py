@@ -8,7 +8,8 @@ from PIL import Image
 from safetensors import safe_open
 
 from chat import Chat
-from tiny.grade import commonest, grade, table
+from tiny.grade import commonest, grade, grade_marks, table
+from tiny.marked import held_out_questions as marked_questions
 from tiny.world import (
     PLACES,
     QUESTIONS,
@@ -104,8 +105,9 @@ def test_more_questions_of_each_kind_repeat_none():
         assert sum(answer == describe(scene) for _, answer in many) == 1
 
 
-def test_the_bundled_checkpoint_is_small_and_16_bit(pytestconfig):
-    folder = pytestconfig.rootpath / "tiny" / "llava"
+@pytest.mark.parametrize("name", ["llava", "vip-llava"])
+def test_a_bundled_checkpoint_is_small_and_16_bit(name, pytestconfig):
+    folder = pytestconfig.rootpath / "tiny" / name
     assert sum(file.stat().st_size for file in folder.iterdir()) <= 8e6
     with safe_open(folder / "model.safetensors", "pt") as file:
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F16"}
@@ -132,3 +134,21 @@ def test_the_bundled_checkpoint_sees():
     rows = grade(Chat.from_pretrained("tiny/llava", dtype=torch.float32), count=200, seed=2)["question"]
     assert rows["all"]["right"] >= 0.95
     assert rows["all"]["with noise for the picture"] <= 0.35
+
+
+def test_the_bundled_vip_llava_sees_marks():
+    """A sample of what `python -m tiny.grade --model tiny/vip-llava` measures in full, and the same without the marks."""
+    load = lambda name: Chat.from_pretrained(f"tiny/{name}", dtype=torch.float32)
+    rows = grade_marks(load("vip-llava"), load("llava"), count=160, seed=2)["question"]["all"]
+    assert rows["right"] >= 0.7 and rows["marks left off"] <= rows["right"] - 0.2
+
+
+def test_the_bundled_vip_llava_chats_about_a_mark_that_is_added(tmp_path):
+    """Its format ends an answer at "###"; a second turn brings a marked picture into the conversation."""
+    chat = Chat.from_pretrained("tiny/vip-llava", dtype=torch.float32)
+    _, _, image, plain, question, truth = next(iter(marked_questions(1, seed=5)))
+    assert "#" not in "".join(chat.ask("Describe the picture and its marks.", [plain]))
+    assert chat.prompt(question, [image]).count("###Human: ") == 2
+    answer = "".join(chat.ask(question, [image]))
+    chat.reset()
+    assert answer.endswith(".") and "".join(chat.ask(question, [image])).endswith(".") and "#" not in answer
