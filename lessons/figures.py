@@ -132,11 +132,11 @@ def lines(curves, title, x, y, log=False):
     """Curves over their index. curves: {name: numbers}."""
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(6, 2.8))
+    figure, axis = plt.subplots(figsize=(7.5, 2.8))
     for name, numbers in curves.items():
         axis.plot(numbers, label=name, linewidth=1.2)
     axis.set(title=title, xlabel=x, ylabel=y, yscale="log" if log else "linear")
     if len(curves) > 1:
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     plt.show()
