@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 from chat import Chat
@@ -77,20 +78,24 @@ def argument_parser(command, description):
     return parser
 
 
-def fail(message):
+def fail(message, processes=None):
     """A user's mistake: one line on standard error, exit status 2."""
-    print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
+    if processes is None or processes.first_to_fail():
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
 
 
-def advice(error):
-    """What to do about an error of PyTorch's that comes from what this machine has or lacks; any other is raised again."""
+def advice(error, processes=None):
+    """What to do about an error of PyTorch's that comes from what this machine has or lacks; any other is raised again, but that
+    a process may have lost the others."""
     text = str(error)
     if "C++ compiler" in text or "C compiler" in text:  # the CPU's compiler, and Triton's for a GPU
         return "--compile needs a C++ compiler (g++, clang++), on a GPU a C compiler (gcc), and there is none; leave it out"
     # A GPU's torch.OutOfMemoryError and the CPU allocator's are RuntimeErrors; cuBLAS has words of its own.
     if isinstance(error, MemoryError) or "memory" in text or "ALLOC_FAILED" in text:
         return "the device ran out of memory; use a 16-bit --dtype, fewer pictures or --device cpu"
+    if processes is not None:
+        return f"process {processes.rank} of {processes.size} cannot go on: {text.partition('. ')[0]}"
     raise error
 
 
@@ -118,35 +123,49 @@ def smaller(config, dtype, scheme, free):
     return None
 
 
-def load(args, pictures):
+def load(args, pictures, processes=None):
     """The chat, after one line that says what it will take, and an error if the device has not got it."""
     folder = checkpoint_folder(BUNDLED_MODEL if args.model is None else args.model)
     config = LlavaConfig.from_pretrained(folder)
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in Llava(config).parameters())
-    device = choose_device(args.device)
+    device = choose_device(args.device) if processes is None else processes.device(args.device)
     dtype = choose_dtype(device, parameters) if args.dtype == "auto" else getattr(torch, args.dtype)
 
     text = config.text
     scheme = args.quantize or config.quantized
+    if processes is not None and (args.compile or args.adapter is not None or scheme is not None):
+        raise ValueError("--compile, --adapter and quantised weights are for one process; lora.py merge makes a checkpoint for several")
     weights = weight_bytes(config, dtype, scheme)
+    shares = 1 if processes is None else processes.size
     token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * dtype.itemsize  # bytes of the cache
     most = text.max_position_embeddings
     tokens = min(most, pictures * config.features_per_image + len(args.question or "") + args.max_new_tokens)
-    caches = f"{size(token * tokens)} of cache for {tokens} tokens" + f", {size(token * most)} for {most} at the end of a chat" * args.chat
+    shared = "" if processes is None else f", shared by {shares} processes"
+    caches = (
+        f"{size(token * tokens)} of cache for {tokens} tokens"
+        + f", {size(token * most)} for {most} at the end of a chat" * args.chat
+        + shared
+    )
     print(
         f"{args.model or 'tiny/llava, which knows drawn shapes only'}: {parameters / 1e6:,.1f} M parameters "
         f"on {device} in {scheme or str(dtype)[6:]}, {size(weights)} of weights and {caches}",
         file=sys.stderr,
     )
-    free, needed = free_memory(device), weights + token * tokens + (WORKSPACE if device.startswith("cuda") else 0)
+    free, held = free_memory(device), 1 if device == "cpu" else 1 / shares  # what is free on a CPU is free for all of them
+    needed = (weights + token * tokens) * held + (WORKSPACE if device.startswith("cuda") else 0)
     if free is not None and needed > free:
-        if weights < free:
+        if weights * held < free:
             hint = "use a smaller --max-new-tokens"
         else:
-            hint = smaller(config, dtype, scheme, free) or "use a smaller model" + " or --device cpu" * (device != "cpu")
+            hint = smaller(config, dtype, scheme, free) if processes is None else "use more processes, on more GPUs" * (device != "cpu")
+            hint = hint or "use a smaller model" + " or --device cpu" * (device != "cpu")
         raise ValueError(f"{device} has {size(free)} free, {size(needed)} are needed; {hint}")
-    chat = Chat.from_pretrained(folder, device, dtype, args.quantize)
+    if processes is None:
+        chat = Chat.from_pretrained(folder, device, dtype, args.quantize)
+    else:
+        chat = Chat.from_pretrained(folder)
+        processes.split(chat.model, device, dtype)
     if args.adapter is not None:
         load_adapter(chat.model, args.adapter)
         refuse_merged(folder, args.adapter)
@@ -221,9 +240,10 @@ def converse(chat, args, images, marks):
 
 
 def ask(chat, args, images, marks):
-    if args.chat:
-        sys.exit(converse(chat, args, images, marks))
-    answer(chat, args, args.question, images)
+    if not args.chat:
+        answer(chat, args, args.question, images)
+    elif status := converse(chat, args, images, marks):
+        sys.exit(status)
 
 
 def run(parser, use):
@@ -233,6 +253,12 @@ def run(parser, use):
         if getattr(sys, stream) is None:  # closed by whoever started us
             setattr(sys, stream, open(os.devnull, way))
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
+    processes = None
+    if dist.is_torchelastic_launched():  # by torchrun
+        from parallel import Processes  # here, because it takes longer to import than all else
+
+        processes = Processes()
+        processes.hear_together()
     args = parser.parse_args()
     try:
         if args.question == "-":
@@ -252,14 +278,16 @@ def run(parser, use):
             raise ValueError("--save-marked: there is no --mark")
         if args.question:
             args.question = refer(args.question, marks)
-        use(load(args, len(images)), args, images, marks)
+        use(load(args, len(images), processes), args, images, marks)
+        if processes is not None:
+            dist.destroy_process_group()
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError):  # whoever read the answer has seen enough
             sys.stderr.close()
             sys.exit(0)
-        fail(error)
+        fail(error, processes)
     except (RuntimeError, MemoryError) as error:
-        fail(advice(error))
+        fail(advice(error, processes), processes)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(0 if args.chat else 130)

@@ -13,6 +13,7 @@ MAY = {name: set() for name in ALONE} | {
     "llava": {"clip", "llama", "config", "checkpoint", "generate", "quantize", "inputs"},
     "lora": {"llava", "checkpoint", "config"},
     "chat": {"llava", "images", "tokenizer", "llama", "checkpoint", "generate"},
+    "parallel": {"device"},
 }
 ABOVE = {"sample", "train", "lessons", "bench", "tiny"}  # nothing that the model is made of imports these
 OURS = {path.stem for path in Path(".").glob("*.py")} | ABOVE | {"tests"}

@@ -1,0 +1,153 @@
+"""Several processes with their shares of a model compute what one process computes with all of it."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+from config import LlavaConfig
+from llama import KVCache
+from llava import Llava
+from parallel import check_size, split
+from tests.compare import FAMILIES, FIXTURES, relative
+from tests.test_sample import ROOT, asked
+
+CASES = [(family, size) for family in FAMILIES for size in (2, 4)]
+
+
+def random_model(family):
+    """A fixture's model with four key/value heads and four heads in the vision tower; BakLLaVA's with a vocabulary that does
+    not divide, ViP-LLaVA's tied. The same in every process."""
+    config = LlavaConfig.from_pretrained(FIXTURES / family)
+    heads = dict(num_attention_heads=8 if family == "bakllava" else 4, num_key_value_heads=4, head_dim=6)
+    text = replace(config.text, **heads, vocab_size=97 if family == "bakllava" else 96, tie_word_embeddings=family == "vip")
+    random = torch.Generator().manual_seed(5)
+    model = Llava(replace(config, text=text, vision=replace(config.vision, num_attention_heads=4))).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.normal_(std=0.3, generator=random).add_(name.endswith("norm.weight"))
+    return model
+
+
+def inputs(config):
+    """Two rows, the first padded, the second with a picture."""
+    ids = torch.tensor([[95, 95, 1, 5, 6], [1, config.image_id, 7, 8, 9]])
+    pixels = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    return dict(input_ids=ids, pixel_values=pixels, attention_mask=torch.tensor([[0, 0, 1, 1, 1], [1] * 5]))
+
+
+def compare(family, mesh):
+    """What one process's share of a model does, beside the whole model."""
+    whole, model = random_model(family), random_model(family)
+    split(model, mesh, "cpu", torch.float32)
+    given, result = inputs(model.config), {}
+    with torch.no_grad():
+        result["logits"] = relative(model(**given).logits[:, -3:], whole(**given).logits[:, -3:])
+        with CommDebugMode() as vision:
+            model.encode_images(given["pixel_values"])
+        cache = KVCache(model.config.text, 2, 90)
+        options = dict(max_new_tokens=64, eos_ids=())
+        result["tokens"] = torch.stack(list(model.generate(**given, **options, cache=cache)), 1)
+        result["expected"] = torch.stack(list(whole.generate(**given, **options)), 1)
+        with CommDebugMode() as step:
+            model.decode_step(torch.tensor([5, 6]), torch.tensor([True, True]), cache)
+    for name, comm in (("vision", vision), ("step", step)):
+        counts = {str(operation).split(".")[-1]: count for operation, count in comm.get_comm_counts().items()}
+        result[name] = counts.get("all_reduce", 0), counts.get("all_gather_into_tensor", 0)
+    depth = whole.config.vision.num_hidden_layers
+    result["blocks"] = max(layer % (depth + 1) for layer in whole.config.vision_layers), len(whole.language_model.layers)
+    result["heads"] = cache.keys[0].shape[1]
+    numel = lambda model: sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in model.parameters() if p.ndim == 2)
+    result["share"] = numel(model) / numel(whole)
+    return result
+
+
+def work(rank, folder):
+    """One of four processes: in pairs, and then all four together."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 4), rank=rank, world_size=4)
+    pair, four = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pair", "within"))["within"], init_device_mesh("cpu", (4,))
+    of_pair = FAMILIES[::2] if rank < 2 else FAMILIES[1::2]  # the pairs share the work
+    results = {
+        (family, mesh.size()): compare(family, mesh) for mesh, families in ((pair, of_pair), (four, FAMILIES)) for family in families
+    }
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """{(family, size): what `compare` returns, of each process}."""
+    folder = tmp_path_factory.mktemp("processes")
+    multiprocessing.spawn(work, (folder,), nprocs=4)
+    of_ranks = [torch.load(folder / f"{rank}.pt") for rank in range(4)]
+    return {case: [of_rank[case] for of_rank in of_ranks if case in of_rank] for case in CASES}
+
+
+every = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+@every
+def test_the_same_logits(case, results):
+    assert len(results[case]) == case[1] and max(result["logits"] for result in results[case]) < 1e-5
+
+
+@every
+def test_the_same_tokens_in_every_process(case, results):
+    expected = results[case][0]["expected"]
+    assert expected.shape == (2, 64) and len(expected.unique()) > 20
+    assert all(torch.equal(result["tokens"], expected) for result in results[case])
+
+
+@every
+def test_two_all_reduces_a_block(case, results):
+    """And one for the embeddings, one for the projector; the logits are gathered."""
+    for result in results[case]:
+        vision, text = result["blocks"]
+        assert result["step"] == (2 * text + 1, 1)
+        assert result["vision"] == (2 * vision + 1, 0)
+
+
+@every
+def test_a_process_holds_its_share(case, results):
+    for result in results[case]:
+        assert result["heads"] == 4 // case[1]
+        assert abs(result["share"] - 1 / case[1]) < 0.03  # positions are everywhere; of 97 words the last process has fewer
+
+
+@pytest.mark.parametrize("size, what", [(3, "32 key/value heads"), (32, "16 heads of the vision tower"), (64, "32 key/value heads")])
+def test_numbers_that_do_not_divide(size, what):
+    config = LlavaConfig.from_pretrained(FIXTURES / "llava")
+    text = replace(config.text, num_attention_heads=32, num_key_value_heads=32, hidden_size=4096, intermediate_size=11008)
+    config = replace(config, text=text, vision=replace(config.vision, num_attention_heads=16, intermediate_size=4096))
+    with pytest.raises(ValueError, match=f"{size} processes cannot share {what} evenly; --nproc-per-node 1 or 2 or 4 or 8 or 16 works"):
+        check_size(config, size)
+
+
+def torchrun(*command, stdin=""):
+    """Two processes by torchrun, at a port that is free; returns (exit status, standard output, standard error)."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command],
+        input=stdin.encode(), capture_output=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
+    )  # fmt: skip
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def test_the_command_line_speaks_once_and_hears_for_all():
+    questions = ["How many things are there?", "Where is the star?"]
+    status, out, err = torchrun("sample.py", "--chat", stdin="\n".join(questions))
+    assert (status, out.splitlines()) == (0, asked(*questions))
+    assert err.count("shared by 2 processes") == 1
+
+
+def test_a_mistake_is_one_line():
+    status, out, err = torchrun("sample.py", "--max-new-tokens", "0")
+    assert status and not out
+    assert [line for line in err.splitlines() if line.startswith("sample.py:")] == ["sample.py: max_new_tokens is 0; expected at least 1"]
