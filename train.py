@@ -9,14 +9,16 @@ of {"image": file, "conversations": [{"from": "human", "value": "<image>\\nWhat 
 a record without "image" is text alone. The result is a checkpoint folder like the one started from, or an adapter (lora.py).
 
 A run that was killed goes on where its last state was saved when the same command is given again; one that has finished
-is not begun anew.
+is not begun anew. On several GPUs, each process with its share of every batch and of what is trained (parallel.py):
+
+    torchrun --nproc-per-node 8 train.py …      # any number, another one too when a run goes on
 """
 
 import argparse
 import hashlib
 import json
 import math
-import os
+import shutil
 import sys
 import time
 from contextlib import nullcontext
@@ -24,16 +26,20 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as distributed_checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from checkpoint import checkpoint_folder, read_headers, save_checkpoint
-from device import choose_device
 from images import ImageProcessor, open_image
 from inputs import IGNORED
 from llava import Llava
 from lora import WEIGHTS, adapted, add_adapter, save_adapter
+from parallel import Processes, gather, shard
 from tokenizer import STYLES, Tokenizer, chat_prompt, expand_images
 
 LARGE = 100e6  # parameters of a model above which activations are checkpointed by default
@@ -152,25 +158,34 @@ def learning_rate(step, steps, peak, warmup):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def prepare(model, stage, dtype, checkpoint_activations):
+def prepare(model, stage, dtype, checkpoint_activations, device=None, mesh=None):
     """Give what the stage trains float32 and gradients, and the rest dtype. Returns the trained parameters, their optimiser
     and the context in which a forward pass computes in dtype.
 
     checkpoint_activations: the backward pass finds each block's input only, and runs the block again for all else
     (Chen et al. 2016, https://arxiv.org/abs/1604.06174).
+    mesh: the processes that share what is trained; the model, until then on the CPU, goes to `device`. None: there is one.
     """
     adapter = [part for layer in adapted(model).values() for part in (layer.lora_A, layer.lora_B)]
     learners = [model.projector, *(adapter or [model.language_model])] if stage == 2 else [model.projector]
-    parameters = [parameter for module in learners for parameter in module.parameters()]
-    for parameter in parameters:  # float32: in 16 bits a step of the optimiser would round to nothing
-        parameter.data = parameter.data.float().clone()
-        parameter.requires_grad_(True)
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
+    for module in learners:
+        module.requires_grad_(True)
+    frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad}
+    done = set()
+    for module in (*model.language_model.layers, model):  # block by block: whole in float32 each is large
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad and parameter not in done]
+        for parameter in trained:  # float32: in 16 bits a step of the optimiser would round to nothing
+            parameter.data = parameter.data.float().clone()
+        if mesh is not None and trained:
+            # The embeddings stay float32: what is added to them block after block takes their type.
+            shard(module, frozen, mesh, torch.float32 if module is model else dtype)
+        done |= {parameter for parameter in module.parameters() if parameter.requires_grad}
+    for parameter in frozen:
+        parameter.data = parameter.data.to(device, dtype)
     if checkpoint_activations:
         for block in model.language_model.layers:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # One tensor after the other: all at once, as is usual on a GPU, would take 4 more bytes a parameter for a moment.
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, foreach=False)
     if dtype == torch.float32:
@@ -189,10 +204,27 @@ def held_out_loss(model, loader):
     return total / words
 
 
-def save_state(state, path):
-    """Write beside the old file and then put in its place: whoever kills this at any moment leaves a whole one."""
-    torch.save(state, path.with_suffix(".partial"))
-    os.replace(path.with_suffix(".partial"), path)
+def training_state(model, optimizer):
+    """What a run goes on from, {name: tensor}: each trained parameter and what AdamW keeps of it. The tensors are those that are
+    in use, so that reading into them is to go on."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kept = optimizer.state[parameter]
+            if not kept:  # as AdamW itself begins
+                kept |= dict(step=torch.zeros(()), exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
+            tensors |= {name: parameter.detach()} | {f"{name}.{key}": value for key, value in kept.items()}
+    return tensors
+
+
+def save_state(state, folder, step):
+    """Write the state after so many steps to folder/step, by all processes together, and remove older ones. Whoever kills this
+    at any moment leaves a whole one: `.metadata` is written when all else is there."""
+    distributed_checkpoint.save(state, checkpoint_id=folder / str(step))
+    if dist.get_rank() == 0:
+        for old in folder.iterdir():
+            if old.is_dir() and old.name != str(step):
+                shutil.rmtree(old)
 
 
 def main():
@@ -232,11 +264,17 @@ def main():
     )  # fmt: skip
     parser.add_argument("--save-every", type=positive(float), default=5, help="minutes between saved states")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    try:
-        train(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"train.py: {error}")
+    with Processes() as processes:
+        args = parser.parse_args()
+        try:
+            train(args, processes)
+        except (ValueError, OSError) as error:
+            sys.exit(f"train.py: {error}" if processes.first_to_fail() else 1)
+        except RuntimeError as error:
+            if processes.size == 1:
+                raise
+            reason = f"process {processes.rank} of {processes.size} cannot go on: {str(error).partition('. ')[0]}"
+            sys.exit(f"train.py: {reason}" if processes.first_to_fail() else 1)
 
 
 def positive(kind):
@@ -251,9 +289,9 @@ def positive(kind):
     return number
 
 
-def train(args):
+def train(args, processes):
     torch.manual_seed(args.seed)
-    args.device = choose_device(args.device)
+    args.device, rank, size = processes.device(args.device), processes.rank, processes.size
     source, dtype = checkpoint_folder(args.model), getattr(torch, args.dtype)
     if any((args.out / name).is_file() for name in ("model.safetensors", WEIGHTS)):
         raise ValueError(f"{args.out} holds a finished checkpoint; remove it, or give another --out")
@@ -261,8 +299,10 @@ def train(args):
         raise ValueError("--lora is for stage 2; stage 1 trains the projector alone")
     if args.lora_alpha and not args.lora:
         raise ValueError("--lora-alpha is for an adapter; give its rank by --lora")
+    if args.batch_size < size:
+        raise ValueError(f"--batch-size is {args.batch_size}, to be shared by {size} processes; give at least {size}")
     tokenizer, processor = Tokenizer.from_pretrained(source), ImageProcessor.from_pretrained(source)
-    model = Llava.from_pretrained(source, args.device)
+    model = Llava.from_pretrained(source, args.device if size == 1 else "cpu")
     if model.config.quantized:
         raise ValueError(f"{source} is quantised, and 16 steps cannot be trained; give the checkpoint it was made from")
     config, stored = model.config, model.dtype  # the result is stored in the type that the checkpoint came in
@@ -276,69 +316,87 @@ def train(args):
         checkpointed = sum(parameter.numel() for parameter in model.parameters()) > LARGE
     if args.lora:
         add_adapter(model, args.lora, args.lora_alpha or 2 * args.lora)
-    parameters, optimizer, autocast = prepare(model, args.stage, dtype, checkpointed)
+    mesh = None if size == 1 else init_device_mesh(args.device.partition(":")[0], (size,))
+    parameters, optimizer, autocast = prepare(model, args.stage, dtype, checkpointed, args.device, mesh)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
 
     batches = make_batches(data.lengths, args.batch_size, args.epochs, args.seed)
     steps, peak = math.ceil(len(batches) / args.accumulate), args.lr or (1e-3 if args.stage == 1 else 2e-4 if args.lora else 2e-5)
-    args.out.mkdir(parents=True, exist_ok=True)
-    state_file, step = args.out / "training-state.pt", 0
+    folder, step = args.out / "training-state", 0
     # A run may go on with others of these.
     free = ("model", "out", "device", "workers", "save_every", "held_out", "checkpoint_activations")
     run = {name: str(value) for name, value in vars(args).items() if name not in free}
     run |= {"model": str(source.resolve()), "data": hashlib.sha256(args.data.read_bytes()).hexdigest()}
-    if state_file.is_file():
+    if saved := [int(file.parent.name) for file in folder.glob("[0-9]*/.metadata")]:
+        step = max(saved)
         try:
-            state = torch.load(state_file, map_location=args.device)
-            other = [name for name in run if state["run"].get(name) != run[name]]
-        except Exception as error:  # of several libraries: whatever it is, the file is none of ours
-            raise ValueError(f"{state_file} is damaged ({error!r}); remove it to start anew") from None
+            before = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+            other = [name for name in run if before.get(name) != run[name]]
+            if not other:
+                distributed_checkpoint.load(training_state(model, optimizer), checkpoint_id=folder / str(step))
+        except (Exception, CheckpointException) as error:  # of several libraries: whatever it is, the files are none of ours
+            raise ValueError(f"{folder} is damaged ({type(error).__name__}); remove it to start anew") from None
         if other:
-            raise ValueError(f"{state_file} is of a run with another {', '.join(other)}; remove it to start anew")
-        step = state["step"]
-        optimizer.load_state_dict(state["optimizer"])
-        for parameter, saved in zip(parameters, state["parameters"]):
-            parameter.data.copy_(saved)
+            raise ValueError(f"{folder} is of a run with another {', '.join(other)}; remove it to start anew")
         print(f"going on from step {step} of {steps}", file=sys.stderr)
+    elif rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "run.json").write_text(json.dumps(run), encoding="utf-8")
 
     together = lambda examples: collate(examples, processor, tokenizer.image_id, tokenizer.pad_id, P, args.pad)
-    loader = iter(DataLoader(data, batch_sampler=batches[step * args.accumulate :], collate_fn=together, num_workers=args.workers))
+    # A process that has no share in a batch goes through another's, for nothing: all must meet in each pass.
+    shares = [batch[rank::size] or batch[:1] for batch in batches[step * args.accumulate :]]
+    loader = iter(DataLoader(data, batch_sampler=shares, collate_fn=together, num_workers=args.workers))
     held_out = [DataLoader(conversations, args.batch_size, collate_fn=together) for conversations in held_out]
     saved_at = reported_at = time.monotonic()
     progress = tqdm(total=steps, initial=step, unit="step", desc=f"stage {args.stage}")
     while step < steps:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peak, args.warmup)
-        passes, total = [next(loader) for _ in batches[step * args.accumulate : (step + 1) * args.accumulate]], 0.0
-        learnt = [(labels[:, 1:] != IGNORED).sum().item() for _, labels, _ in passes]
-        for (ids, labels, pixels), words in zip(passes, learnt):
+        for settings in optimizer.param_groups:
+            settings["lr"] = learning_rate(step, steps, peak, args.warmup)
+        group = batches[step * args.accumulate : (step + 1) * args.accumulate]
+        passes, total = [next(loader) for _ in group], torch.zeros((), dtype=torch.float64)
+        learnt = [(labels[:, 1:] != IGNORED).sum().item() * (rank < len(batch)) for batch, (_, labels, _) in zip(group, passes)]
+        dist.all_reduce(words := torch.tensor(sum(learnt)))
+        for n, (ids, labels, pixels) in enumerate(passes):
             with autocast:
-                loss = model(ids, pixels, labels=labels).loss * words / sum(learnt)  # each word counts the same
-            loss.backward()
+                loss = model(ids, pixels, labels=labels).loss * learnt[n] / words.item()  # each word counts the same
             total += loss.item()
-        if not math.isfinite(total):
-            raise ValueError(f"the loss is {total} at step {step}; a lower --lr may help")
+            if mesh is not None:
+                model.set_requires_gradient_sync(n + 1 == len(passes))  # gradients are exchanged once a step
+                if pixels is None and any(data.examples[i][2] for i in group[n]):  # and of the projector by all or by none
+                    loss = loss + 0 * sum(parameter.sum() for parameter in model.projector.parameters())
+            (loss * size).backward()  # of the processes' gradients the mean is taken
+        dist.all_reduce(total)
+        if not total.isfinite():
+            raise ValueError(f"the loss is {total.item()} at step {step}; a lower --lr may help")
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
-        progress.set_postfix(loss=f"{total:.3f}", refresh=False)
+        progress.set_postfix(loss=f"{total.item():.3f}", refresh=False)
         progress.update()
-        if held_out and (time.monotonic() - reported_at > 120 or step == steps):
+        now = time.monotonic()  # of the first process: it decides for all
+        dist.broadcast(due := torch.tensor([now - reported_at > 120 or step == steps, now - saved_at > 60 * args.save_every]).int(), src=0)
+        report, save = due.tolist()
+        if held_out and report:
             with autocast:
                 losses = [f"{held_out_loss(model, batches):.4f} ({path.name})" for path, batches in zip(args.held_out, held_out)]
             progress.write(f"step {step}: held-out loss {', '.join(losses)}", file=sys.stderr)
             reported_at = time.monotonic()
-        if time.monotonic() - saved_at > 60 * args.save_every and step < steps:
-            save_state(dict(step=step, run=run, parameters=parameters, optimizer=optimizer.state_dict()), state_file)
+            if mesh is not None:
+                model.reshard()  # after a backward pass it comes by itself
+        if save and step < steps:
+            save_state(training_state(model, optimizer), folder, step)
             saved_at = time.monotonic()
     progress.close()
-    if args.lora:
-        save_adapter(model, args.out, args.model, stored)
-    else:
-        unchanged = {name: tensor for name, tensor in read_headers(source).items() if name in frozen}
-        save_checkpoint(model, source, args.out, stored, unchanged)
-    state_file.unlink(missing_ok=True)
+    gather(model, stored)
+    if rank == 0:
+        if args.lora:
+            save_adapter(model, args.out, args.model, stored)
+        else:
+            unchanged = {name: tensor for name, tensor in read_headers(source).items() if name in frozen}
+            save_checkpoint(model, source, args.out, stored, unchanged)
+        shutil.rmtree(folder)
     print(f"saved {args.out}", file=sys.stderr)
 
 

@@ -166,7 +166,7 @@ def test_activations_are_checkpointed_when_asked_for_or_the_model_is_large(optio
     class Asked(Exception):
         pass
 
-    def prepare(model, stage, dtype, checkpoint_activations):
+    def prepare(model, stage, dtype, checkpoint_activations, *processes):
         assert checkpoint_activations == (expected or large and not options)
         raise Asked
 
@@ -213,21 +213,23 @@ def test_a_killed_run_resumes_and_ends_the_same(monkeypatch, data, tmp_path, cap
     run(monkeypatch, data, tmp_path / "whole")
     save = train.save_state
 
-    def save_then_die(state, path):
-        save(state, path)
-        if state["step"] == 3:
+    def save_then_die(state, folder, step):
+        save(state, folder, step)
+        if step == 3:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "save_state", save_then_die)
         run(patch, data, tmp_path / "killed", "--save-every", "1e-9")
     assert not (tmp_path / "killed" / "model.safetensors").exists()
-    (tmp_path / "killed" / "training-state.partial").write_bytes(b"half a file")  # as a kill while saving leaves it
+    half = tmp_path / "killed" / "training-state" / "4"  # as a kill while saving leaves it
+    half.mkdir()
+    (half / "__0_0.distcp").write_bytes(b"half a file")
     run(monkeypatch, data, tmp_path / "killed")
     assert "going on from step 3" in capsys.readouterr().err
     whole, killed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
-    assert not (tmp_path / "killed" / "training-state.pt").exists()
+    assert not (tmp_path / "killed" / "training-state").exists()
 
 
 def test_a_finished_run_is_not_begun_anew(monkeypatch, data, tmp_path):
@@ -264,10 +266,18 @@ def test_the_state_of_another_run_is_refused(options, message, monkeypatch, data
 
 
 def test_a_damaged_state_is_refused(monkeypatch, data, tmp_path):
-    for content in (b"", b"garbage", json.dumps({}).encode()):
-        (tmp_path / "training-state.pt").write_bytes(content)
-        with pytest.raises(SystemExit, match="is damaged"):
-            run(monkeypatch, data, tmp_path)
+    def save_then_die(*arguments, save=train.save_state):
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "save_state", save_then_die)
+        run(patch, data, tmp_path, "--save-every", "1e-9")
+    for file in ("1/__0_0.distcp", "1/.metadata", "run.json"):  # one after the other: the last is read first
+        for content in (b"", b"garbage", json.dumps([]).encode()):
+            (tmp_path / "training-state" / file).write_bytes(content)
+            with pytest.raises(SystemExit, match="is damaged"):
+                run(monkeypatch, data, tmp_path)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
