@@ -130,12 +130,12 @@ def read_headers(folder, file="model.safetensors"):
     return stored
 
 
-def fill(model, stored, device, dtype, quantizers=None):
-    """Give a model on the meta device its parameters, one at a time, each straight to its device and type. Where neither
-    changes, the file is mapped, not copied. dtype None: the type that the word embeddings are stored in. Buffers, which only
-    quantised layers have, keep their types.
+def fill(model, stored, device, dtype, quantizers=None, copy=False):
+    """Give a model on the meta device its parameters, one at a time, each straight to its device and type. dtype None: the type
+    that the word embeddings are stored in. Buffers, which only quantised layers have, keep their types.
 
     quantizers: {name of a weight: a function of it that makes the module to put in its layer's place}.
+    copy: also what changes neither device nor type. It stays in its file otherwise, which the system maps into memory.
     Raises ValueError, before any weight is read, if the parameters are not exactly those of the files.
     """
     quantizers, buffers = quantizers or {}, dict(model.named_buffers())
@@ -168,7 +168,8 @@ def fill(model, stored, device, dtype, quantizers=None):
     dtype = dtype or DTYPES[stored["language_model.embed_tokens.weight"].kind]
     for name in tqdm(shapes, desc="loading", unit="tensor", delay=1, disable=None):
         module, _, leaf = name.rpartition(".")
-        tensor = stored[name].read(device).to(device, None if name in buffers else dtype)  # cast where it is: there the memory is faster
+        # Cast where it is: there the memory is faster.
+        tensor = stored[name].read(device).to(device, None if name in buffers else dtype, copy=copy and name not in quantizers)
         if name in quantizers:
             model.set_submodule(module, quantizers[name](tensor))
         else:

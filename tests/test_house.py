@@ -10,7 +10,7 @@ MAY = {name: set() for name in ALONE} | {
     "config": {"clip", "llama", "checkpoint", "quantize"},
     "generate": {"llama"},
     "inputs": {"tokenizer"},
-    "llava": {"clip", "llama", "config", "checkpoint", "generate", "quantize", "inputs"},
+    "llava": {"clip", "llama", "config", "checkpoint", "device", "generate", "quantize", "inputs"},
     "lora": {"llava", "checkpoint", "config"},
     "chat": {"llava", "images", "tokenizer", "llama", "checkpoint", "generate"},
     "parallel": {"device"},

@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import checkpoint
+import llava
 from chat import Chat
 from checkpoint import our_name
 from config import LlavaConfig
@@ -438,6 +440,16 @@ def test_what_is_no_hub_name_is_not_fetched(hub, name):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         Llava.from_pretrained(name)
     assert not hasattr(hub, "asked")
+
+
+@pytest.mark.parametrize("free, mapped", [(10**9, False), (1000, True), (None, True)])
+def test_weights_are_copied_where_they_fit_twice_and_mapped_where_not(good, monkeypatch, free, mapped):
+    read, kept = checkpoint.Stored.read, []
+    monkeypatch.setattr(checkpoint.Stored, "read", lambda *args: kept.append(read(*args)) or kept[-1])
+    monkeypatch.setattr(llava, "free_memory", lambda device: free)
+    model = Llava.from_pretrained(good)
+    in_file = {tensor.data_ptr() for tensor in kept}
+    assert len(kept) > 20 and all((parameter.data_ptr() in in_file) == mapped for parameter in model.parameters())
 
 
 # A chat is a model, a tokenizer and an image processor that fit together
