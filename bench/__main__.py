@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ from llava import Llava
 from quantize import GROUPS, replace
 from tokenizer import Tokenizer
 
-NEW_TOKENS = 64
+NEW_TOKENS, WORDS = 64, 64
 CONTEXTS, BATCHES = (64, 128, 256, 512, 1024, 2048, 4096), (1, 2, 4, 8, 16, 32)
 
 
@@ -123,14 +124,14 @@ def measure(folder, device, dtype, repeats, schemes):
     begin = in_turn({lib: lambda lib=lib: process_start(lib, folder, device, name) for lib in ("ours", "transformers")}, repeats, bar)
     workers = {lib: Worker(lib, folder, device, name) for lib in libraries}
 
-    def generate(batch, repeats=repeats):
-        runs = {lib: lambda worker=worker: worker("generate", batch=batch, length=0, tokens=NEW_TOKENS) for lib, worker in workers.items()}
+    def generate(batch, length, repeats=repeats):
+        runs = {lib: partial(worker, "generate", batch=batch, length=length, tokens=NEW_TOKENS) for lib, worker in workers.items()}
         return in_turn(runs, repeats, bar)
 
     rows = {}
-    for batch in (1, 8):
-        generate(batch, 1)  # to warm up, and to compile
-        rows[batch] = generate(batch)
+    for batch, length in ((1, 0), (8, WORDS)):  # one row with a picture, eight of text alone
+        generate(batch, length, 1)  # to warm up, and to compile
+        rows[batch] = generate(batch, length)
     answer = workers["ours"]("turns")[2]
     runs = {
         "ours": lambda: workers["ours"]("turns")[:2],
@@ -143,7 +144,7 @@ def measure(folder, device, dtype, repeats, schemes):
         "first token, ms": {lib: 1e3 * values[0] for lib, values in rows[1].items()},
         "second turn's first token, ms": {lib: 1e3 * values[1] for lib, values in turns.items()},
         "decode, 1 row, tokens/s": {lib: 1 / values[1] for lib, values in rows[1].items()},
-        "decode, 8 rows, tokens/s": {lib: 8 / values[1] for lib, values in rows[8].items()},
+        "decode, 8 rows of text, tokens/s": {lib: 8 / values[1] for lib, values in rows[8].items()},
         "peak memory, GB": {lib: worker("memory")[0] / 1e9 for lib, worker in workers.items()},
     }
     for worker in workers.values():
@@ -155,7 +156,7 @@ def measure(folder, device, dtype, repeats, schemes):
     second = len(Tokenizer.from_pretrained(folder).encode(SECOND)) + 12  # and the marks of the turns
     bandwidth = read_bandwidth(torch.device(device), weights["text"] * size)
     throughput = matrix_throughput(torch.device(device), dtype)
-    reading = lambda rows: decode_bytes(config, weights, rows, first + NEW_TOKENS / 2, size) / bandwidth
+    reading = lambda rows, prompt=first: decode_bytes(config, weights, rows, prompt + NEW_TOKENS / 2, size) / bandwidth
     reads = lambda lib: (
         decode_bytes(config, weights, 1, first + NEW_TOKENS / 2, size) - bytes_saved(config, lib.removeprefix("ours, "), size)
     )
@@ -166,7 +167,7 @@ def measure(folder, device, dtype, repeats, schemes):
         "first token, ms": 1e3 * prefill_operations(config, weights, 1, 0, first) / throughput,
         "second turn's first token, ms": 1e3 * max(prefill_operations(config, weights, 0, first, second) / throughput, reading(1)),
         "decode, 1 row, tokens/s": 1 / max(reading(1), operations(1)),
-        "decode, 8 rows, tokens/s": 8 / max(reading(8), operations(8)),
+        "decode, 8 rows of text, tokens/s": 8 / max(reading(8, WORDS), operations(8)),
         "peak memory, GB": weights["all"] * size / 1e9,
     }
     return figures, limits, {"reads, GB/s": bandwidth / 1e9, "multiplies, TFLOP/s": throughput / 1e12}

@@ -15,7 +15,7 @@ import torch.nn as nn
 
 from chat import Chat
 from quantize import GROUPS, QuantizedLinear, dequantize, plan
-from tiny import world
+from tiny import marked, world
 from tiny.grade import padded, right
 
 PARTS = {
@@ -53,11 +53,20 @@ def quantise(model, part, scheme):
     return True
 
 
+def held_out(chat, count, seed):
+    """Pictures, questions and true answers; for a ViP-LLaVA about what is marked."""
+    if chat.model.config.style == "vip":
+        _, _, images, _, questions, truths = zip(*marked.held_out_questions(count, seed))
+    else:
+        _, images, questions, truths = zip(*world.held_out_questions(count, seed))
+    return images, questions, truths
+
+
 @torch.no_grad()
 def own_answers(chat, count, seed=1):
     """A plain model's greedy answers to held-out questions: batches of (inputs of a forward pass, steps of the answers, which of
     them are real, the log-probabilities of the words there)."""
-    _, images, questions, _ = zip(*world.held_out_questions(count, seed))
+    images, questions, _ = held_out(chat, count, seed)
     batches = []
     for start in range(0, count, BATCH):
         ids, mask = padded(chat, questions[start : start + BATCH])
@@ -95,7 +104,7 @@ def main():
     args = parser.parse_args()
     load = lambda scheme=None: Chat.from_pretrained(args.model, dtype=getattr(torch, args.dtype), quantize=scheme)
     plain = load()
-    _, images, questions, truths = zip(*world.held_out_questions(args.count, args.seed))
+    images, questions, truths = held_out(plain, args.count, args.seed)
     accuracy = lambda chat: f"{100 * sum(right(chat, images, questions, truths)) / args.count:.1f} %"
 
     print("| part | scheme | KL, bits a token | other tokens | right |\n|---|---|---|---|---|")

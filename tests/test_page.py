@@ -4,7 +4,6 @@ import base64
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -15,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import llama
+from chat import Chat
 from generate import sample
 from images import ImageProcessor
 from lessons.page import MOST, data_url, main, page, pictures, quote
@@ -22,6 +22,7 @@ from llava import Llava
 from marks import KINDS, Mark
 from tests.browser import Browser
 from tests.compare import FIXTURES, relative
+from tiny.marked import held_out_questions as marked_questions
 from tiny.world import example, held_out_questions
 from tokenizer import Tokenizer, chat_prompt, expand_images
 
@@ -54,6 +55,18 @@ def browser():
 def file(bundled, tmp_path_factory):
     file = tmp_path_factory.mktemp("page") / "page.html"
     file.write_text(page(bundled.model, bundled.tokenizer, bundled.processor, pictures("llava")), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def vip():
+    return Chat.from_pretrained("tiny/vip-llava", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def vip_file(vip, tmp_path_factory):
+    file = tmp_path_factory.mktemp("page") / "vip.html"
+    file.write_text(page(vip.model, vip.tokenizer, vip.processor, pictures("vip")), encoding="utf-8")
     return file
 
 
@@ -94,30 +107,42 @@ def errors(ours, theirs):
 # The model
 
 
-def test_every_stage_is_pytorchs_and_so_is_every_word(tab, bundled):
-    model, tokenizer = bundled.model, bundled.tokenizer
-    worst = {}
-    for kind, picture, question, _ in held_out_questions(50, "page, in the browser"):
-        bundled.reset()
-        ids = expand_images(tokenizer.encode(bundled.prompt(question, [picture])), model.config.image_id, 64)
+def compare(tab, chat, asked):
+    """Ask the page what is asked, (picture, question) each: the largest errors. Ids, words and texts must be the same."""
+    model, tokenizer, worst, most = chat.model, chat.tokenizer, {}, 64
+    for picture, question in asked:
+        chat.reset()
+        ids = expand_images(tokenizer.encode(chat.prompt(question, [picture])), model.config.image_id, 64)
         result = tab.run(
             STAGES + """
-              const [url, question] = given, pixels = processor.call(pixels_of(await load_picture(url)));
+              const [url, question, most] = given, pixels = processor.call(pixels_of(await load_picture(url)));
               const ids = expand_images(tokenizer.encode(chat_prompt(question, data.style)), data.config.image_id, 64);
-              const cache = new KVCache(data.config.text, 256), features = model.encode_images(pixels);
-              const words = Array.from(model.generate(ids, features, cache), ({token}) => token);
+              const cache = new KVCache(data.config.text, 256), features = model.encode_images(pixels), words = [];
+              for (const {token} of model.generate(ids, features, cache)) if (words.push(token) === most) break;
               return {ids, stages: stages(ids, pixels), words, text: tokenizer.decode(words)};
             """,
-            data_url(picture), question,
+            data_url(picture), question, most,
         )  # fmt: skip
         assert result["ids"] == ids, question
-        pixels = bundled.processor([picture])
+        pixels = chat.processor([picture])
         found = errors(decoded(result["stages"]), reference(model, ids, pixels))
         worst = {name: max(found[name], worst.get(name, 0)) for name in found}
-        words = [int(token) for token in model.generate(torch.tensor([ids]), pixels)]
-        assert result["words"] == words and result["text"] == tokenizer.decode(words), (kind, question)
+        words = [int(token) for token in model.generate(torch.tensor([ids]), pixels, max_new_tokens=most)]
+        assert result["words"] == words and result["text"] == tokenizer.decode(words), question
+    return worst
+
+
+def test_every_stage_is_pytorchs_and_so_is_every_word(tab, bundled):
+    worst = compare(tab, bundled, [asked[1:3] for asked in held_out_questions(50, "page, in the browser")])
     assert worst["pixels"] == 0 and max(worst.values()) < TOLERANCE, worst
     print(worst)
+
+
+def test_a_vip_llavas_stages_and_words_are_pytorchs_too(browser, vip, vip_file):
+    browser.open(vip_file)
+    browser.run("await ready;")
+    worst = compare(browser, vip, [(image, question) for *_, image, _, question, _ in marked_questions(8, "page, in the browser")])
+    assert worst["pixels"] == 0 and max(worst.values()) < TOLERANCE, worst
 
 
 @pytest.mark.parametrize("family", ["vip", "bakllava"])
@@ -378,17 +403,9 @@ def test_the_tour_has_seven_steps_and_each_shows_what_it_speaks_of(tab, asked):
     assert similar.endswith("after the last that is read the one at row 7, column 4.")  # the ring's other half
 
 
-def test_the_page_of_a_vip_llava_draws_marks(browser, bundled, tmp_path):
-    """The bundled model with five layers read and ViP-LLaVA's chat format: it was not trained so, but the page is that of one."""
-    config = replace(bundled.model.config, style="vip", vision_layers=[-2, -3, -4, -5, 1], projector_layernorm_eps=1e-5)
-    model = Llava(config).eval()
-    weights = bundled.model.state_dict()
-    weights["projector.linear_1.weight"] = torch.randn(192, 5 * 128, generator=torch.Generator().manual_seed(22)).half().float() / 16
-    weights |= {"projector.projector_layernorm.weight": torch.ones(5 * 128), "projector.projector_layernorm.bias": torch.zeros(5 * 128)}
-    model.load_state_dict(weights)
-    (tmp_path / "vip.html").write_text(page(model, bundled.tokenizer, bundled.processor, pictures("vip")), encoding="utf-8")
+def test_the_page_of_a_vip_llava_draws_marks(browser, vip, vip_file):
     browser.log()
-    browser.open(tmp_path / "vip.html")
+    browser.open(vip_file)
     marks = browser.run("""
       await ready;
       await show_example(3);
@@ -413,7 +430,7 @@ def test_the_page_of_a_vip_llava_draws_marks(browser, bundled, tmp_path):
         assert cells[4] > 40 and cells[4] > sum(cells) * (0.5 if kind == "arrow" else 0.9), (kind, cells)  # an arrow's tail is elsewhere
         assert question == f"What is {Mark(kind, (10, 10, 30, 30)).words}?"
     prompt = chat_prompt([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": marks[2]}]}], "vip")
-    assert marks[1] == expand_images(bundled.tokenizer.encode(prompt), config.image_id, 64)
+    assert marks[1] == expand_images(vip.tokenizer.encode(prompt), vip.model.config.image_id, 64)
 
 
 # One file
