@@ -3,12 +3,12 @@
     python -m bench                                                         # the bundled model in float32
     python -m bench --shape 1b --dtype bfloat16 --json bench/cpu-1b.json    # also record the figures
     python -m bench --shape 1b --dtype bfloat16 --curves --json bench/cpu-1b-curves.json
-    python -m bench --shape 1b --dtype bfloat16 --quantize int8 int4         # ours in 8 and 4 bits beside
+    python -m bench --shape 1b --dtype bfloat16 --quantize int8 int4 --peers "torchao int8" "bitsandbytes int4"
     python -m bench --shape 7b --dtype bfloat16 --load                      # loading alone, one library after the other
 
 Each library runs in a process of its own and waits while another is timed. transformers is used as a newcomer would:
 `from_pretrained`, a processor, `generate` with its default settings; on a GPU also with its static cache, which compiles.
-Needs `pip install transformers==5.23.0`.
+Needs `pip install transformers==5.23.0`, and for --peers accelerate, torchao and bitsandbytes.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from bench.limits import decode_bytes, matrix_throughput, prefill_operations, read_bandwidth
 from bench.shapes import SHAPES, checkpoint_of
-from bench.worker import LIBRARIES, PICTURE, QUESTION, SECOND, prompt
+from bench.worker import LIBRARIES, PEERS, PICTURE, QUESTION, SECOND, prompt
 from config import LlavaConfig
 from device import choose_device
 from llava import Llava
@@ -35,6 +35,7 @@ from quantize import GROUPS, replace
 from tokenizer import Tokenizer
 
 NEW_TOKENS, WORDS = 64, 64
+SPEED = "decode, 1 row, tokens/s"
 CONTEXTS, BATCHES = (64, 128, 256, 512, 1024, 2048, 4096), (1, 2, 4, 8, 16, 32)
 
 
@@ -115,11 +116,11 @@ def bytes_saved(config, scheme, size):
     return plain * size - sum(buffer.nbytes for buffer in model.buffers())
 
 
-def measure(folder, device, dtype, repeats, schemes):
+def measure(folder, device, dtype, repeats, schemes, peers):
     """The figures {name: {library: value}}, and of those that have a physical limit {name: limit}."""
     config, name = LlavaConfig.from_pretrained(folder), str(dtype)[6:]
     weights, size = count_weights(config), dtype.itemsize
-    libraries = [*list(LIBRARIES)[: 4 if device.startswith("cuda") else 3], *(f"ours, {scheme}" for scheme in schemes)]
+    libraries = [*list(LIBRARIES)[: 4 if device.startswith("cuda") else 3], *(f"ours, {scheme}" for scheme in schemes), *peers]
     bar = tqdm(total=4 * repeats + 2 * len(libraries) * (repeats + 1), desc="measuring", unit="run")
     begin = in_turn({lib: lambda lib=lib: process_start(lib, folder, device, name) for lib in ("ours", "transformers")}, repeats, bar)
     workers = {lib: Worker(lib, folder, device, name) for lib in libraries}
@@ -143,7 +144,7 @@ def measure(folder, device, dtype, repeats, schemes):
         "load, s": {lib: worker.load for lib, worker in workers.items()},
         "first token, ms": {lib: 1e3 * values[0] for lib, values in rows[1].items()},
         "second turn's first token, ms": {lib: 1e3 * values[1] for lib, values in turns.items()},
-        "decode, 1 row, tokens/s": {lib: 1 / values[1] for lib, values in rows[1].items()},
+        SPEED: {lib: 1 / values[1] for lib, values in rows[1].items()},
         "decode, 8 rows of text, tokens/s": {lib: 8 / values[1] for lib, values in rows[8].items()},
         "peak memory, GB": {lib: worker("memory")[0] / 1e9 for lib, worker in workers.items()},
     }
@@ -160,22 +161,23 @@ def measure(folder, device, dtype, repeats, schemes):
     reads = lambda lib: (
         decode_bytes(config, weights, 1, first + NEW_TOKENS / 2, size) - bytes_saved(config, lib.removeprefix("ours, "), size)
     )
-    figures["decode, 1 row, GB/s"] = {lib: reads(lib) / values[1] / 1e9 for lib, values in rows[1].items()}
-    figures["of what the machine reads, %"] = {lib: 100 * reads(lib) / values[1] / bandwidth for lib, values in rows[1].items()}
+    speeds = {lib: reads(lib) / values[1] for lib, values in rows[1].items() if lib not in PEERS}
+    figures["decode, 1 row, GB/s"] = {lib: speed / 1e9 for lib, speed in speeds.items()}
+    figures["of what the machine reads, %"] = {lib: 100 * speed / bandwidth for lib, speed in speeds.items()}
     operations = lambda rows: 2 * weights["text"] * rows / throughput
     limits = {
         "first token, ms": 1e3 * prefill_operations(config, weights, 1, 0, first) / throughput,
         "second turn's first token, ms": 1e3 * max(prefill_operations(config, weights, 0, first, second) / throughput, reading(1)),
-        "decode, 1 row, tokens/s": 1 / max(reading(1), operations(1)),
+        SPEED: 1 / max(reading(1), operations(1)),
         "decode, 8 rows of text, tokens/s": 8 / max(reading(8, WORDS), operations(8)),
         "peak memory, GB": weights["all"] * size / 1e9,
     }
     return figures, limits, {"reads, GB/s": bandwidth / 1e9, "multiplies, TFLOP/s": throughput / 1e12}
 
 
-def measure_loading(folder, device, dtype, repeats, schemes):
+def measure_loading(folder, device, dtype, repeats, schemes, peers):
     """Loading alone, for models of which only one fits the memory at a time."""
-    values = {lib: [] for lib in ("ours", "transformers", *(f"ours, {scheme}" for scheme in schemes))}
+    values = {lib: [] for lib in ("ours", "transformers", *(f"ours, {scheme}" for scheme in schemes), *peers)}
     with tqdm(total=len(values) * repeats, desc="loading", unit="run") as bar:
         for _ in range(repeats):
             for lib in values:
@@ -215,16 +217,25 @@ def measure_curves(folder, device, dtype, repeats):
 
 
 def as_markdown(record):
-    """The table of a record: each library, ours beside transformers, and how much of the limit ours reaches."""
+    """The table of a record: each library, ours beside transformers, and how much of the limit ours reaches; then, if there are
+    quantised ones, a table of those beside the plain."""
     figures, limits = record["figures"], record["limits"]
     libraries = list(dict.fromkeys(lib for values in figures.values() for lib in values))
-    cells = [["", *libraries, "ours ÷ transformers", "limit", "reached"], ["---"] * (len(libraries) + 4)]
+    plain = [lib for lib in libraries if lib in list(LIBRARIES)[:4]]
+    cells = [["", *plain, "ours ÷ transformers", "limit", "reached"], ["---"] * (len(plain) + 4)]
     for name, values in figures.items():
         limit, own = limits.get(name), values["ours"]
-        row = [f"{values[lib]:.3g}" if lib in values else "" for lib in libraries] + [f"{own / values['transformers']:.2f}"]
+        row = [f"{values[lib]:.3g}" if lib in values else "" for lib in plain] + [f"{own / values['transformers']:.2f}"]
         reached = "" if limit is None else own / limit if name.endswith("/s") else limit / own
         cells.append([name, *row, "" if limit is None else f"{limit:.3g}", reached and f"{100 * reached:.0f} %"])
-    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
+    tables = [cells]
+    if len(plain) < len(libraries):
+        decode = figures.get(SPEED, {})
+        tables.append([["", *figures, *(["times transformers'"] if decode else [])], ["---"] * (len(figures) + 1 + bool(decode))])
+        for lib in libraries:
+            row = [f"{values[lib]:.3g}" if lib in values else "" for values in figures.values()]
+            tables[1].append([lib, *row, *([f"{decode[lib] / decode['transformers']:.2f}"] if decode else [])])
+    return "\n\n".join("\n".join("| " + " | ".join(row) + " |" for row in table) for table in tables)
 
 
 def processor_name():
@@ -240,6 +251,7 @@ def main():
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--quantize", nargs="+", default=[], choices=GROUPS, help="ours in these schemes, too")
+    parser.add_argument("--peers", nargs="+", default=[], choices=PEERS, help="transformers in 8 and 4 bits, by other libraries")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--load", action="store_true", help="loading alone")
     parser.add_argument("--curves", action="store_true", help="how the cost grows with context and batch")
@@ -257,7 +269,7 @@ def main():
             print(name, *(f"  {lib}: " + ", ".join(f"{x}: {value:.3g}" for x, value in points) for lib, points in curve.items()), sep="\n")
     else:
         run = measure_loading if args.load else measure
-        record["figures"], record["limits"], record["measured limits"] = run(folder, device, dtype, args.repeats, args.quantize)
+        record["figures"], record["limits"], record["measured limits"] = run(folder, device, dtype, args.repeats, args.quantize, args.peers)
         print(
             f"{args.shape} in {args.dtype} on {record['machine']}, which "
             + ", ".join(f"{k} {v:.3g}" for k, v in record["measured limits"].items())

@@ -122,8 +122,33 @@ class StaticTransformers(Transformers):
     cache = "static"  # generate then compiles its decode step on a GPU
 
 
+class Peer(Transformers):
+    """What transformers' users take for 8 and 4 bits (needs accelerate, and torchao or bitsandbytes), on the same layers."""
+
+    def __init__(self, name):
+        super().__init__()
+        import transformers
+
+        others = ["vision_tower", "multi_modal_projector"]
+        if name == "torchao int8":
+            from torchao.quantization import Int8WeightOnlyConfig
+
+            self.config = transformers.TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=[*others, "lm_head"])
+        else:
+            bits = {"bitsandbytes int8": dict(load_in_8bit=True), "bitsandbytes int4": dict(load_in_4bit=True)}[name]
+            compute = dict(bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=[*others, "lm_head"])
+            self.config = transformers.BitsAndBytesConfig(**bits, **compute)
+
+    def load(self, folder, device, dtype):
+        processor, model = self.loaders
+        self.processor = processor.from_pretrained(folder)
+        self.model = model.from_pretrained(folder, dtype=dtype, quantization_config=self.config, device_map=str(device))
+
+
 LIBRARIES = {"ours": Ours, "ours, compiled": Compiled, "transformers": Transformers, "transformers, static cache": StaticTransformers}
 LIBRARIES |= {f"ours, {scheme}": partial(Ours, scheme) for scheme in GROUPS}
+PEERS = ("torchao int8", "bitsandbytes int8", "bitsandbytes int4")
+LIBRARIES |= {name: partial(Peer, name) for name in PEERS}
 
 
 def picture():

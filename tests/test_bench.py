@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.__main__ import Worker, as_markdown, count_weights, in_turn
+from bench.__main__ import SPEED, Worker, as_markdown, count_weights, in_turn
 from bench.limits import decode_bytes, prefill_operations
 from bench.memory import training_memory
 from bench.shapes import write_configs
@@ -108,6 +108,14 @@ def test_table():
         "| decode, tokens/s | 30 | 10 | 3.00 | 40 | 75 % |",
         "| load, s | 1 | 2 | 0.50 |  |  |",
     ]
+
+
+def test_quantised_libraries_have_a_table_of_their_own():
+    rows = {"ours": 30.0, "transformers": 10.0, "ours, int8": 45.0}
+    first, second = as_markdown({"figures": {SPEED: rows}, "limits": {}}).split("\n\n")
+    assert "int8" not in first and second.splitlines()[2:] == [
+        "| ours | 30 | 3.00 |", "| transformers | 10 | 1.00 |", "| ours, int8 | 45 | 4.50 |",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("module, package", [("bench", "transformers"), ("bench.plot", "matplotlib")])
