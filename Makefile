@@ -4,7 +4,7 @@ sample: .venv/installed
 	.venv/bin/python sample.py
 
 test: .venv/installed
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist loadfile
 
 page: .venv/installed            # page.html: the bundled model in the browser, in one file
 	.venv/bin/python -m lessons.page
@@ -33,7 +33,7 @@ parity: .venv/installed          # live, against transformers and PEFT
 	.venv/bin/python -m tests.parity_lora
 
 oldest: .venv-oldest/installed   # the suite on the oldest PyTorch that the README speaks of
-	.venv-oldest/bin/python -m pytest
+	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile
 
 tiny: .venv/installed            # make tiny/llava again, from nothing but seeds; goes on where it was stopped (to begin anew, remove tiny/build)
 	$(MAKE) tiny/build/llava/model.safetensors
@@ -81,7 +81,7 @@ tiny/build/vip-llava/model.safetensors: | tiny/build/vip-aligned/model.safetenso
 		--held-out tiny/marked-data/held-out.json --held-out tiny/marked-data/unmarked.json
 
 .venv/installed: requirements.txt
-	@echo "Installing PyTorch and six small packages into .venv, once."
+	@echo "Installing PyTorch and seven small packages into .venv, once."
 	@$(PYTHON) -m venv .venv
 	@.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
