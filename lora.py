@@ -8,6 +8,9 @@ matrix a small change to it is learnt. A 7B that wants 109 GB to be trained in f
 An adapter is stored as PEFT stores it, with the projector, which is trained whole, in the same file: PEFT's
 `modules_to_save`. So `peft` reads ours onto the model of `transformers`, and we read those that it made.
 
+As no gradient is wanted for the weights themselves, they may be quantised: `--quantize int4` with `train.py --lora`, and then with
+`sample.py --adapter` too (QLoRA, Dettmers et al. 2023, https://arxiv.org/abs/2305.14314; its 4-bit grid is another one).
+
 The model knows nothing of this: its linear layers are exchanged for others.
 """
 

@@ -108,6 +108,26 @@ def row_product(x, weight, scales):
     return torch.stack(halves, 1).flatten()
 
 
+def plain_product(x, weight, scales):
+    """x Wᵀ, (M, K) -> (M, N), with the weight unpacked; on a CPU part by part, each of which stays in its cache."""
+    parts = split(weight, scales, TOGETHER if x.device.type == "cpu" else 2**20)
+    return torch.cat([F.linear(x, dequantize(*part, x.dtype)) for part in parts], 1)
+
+
+class TrainingProduct(torch.autograd.Function):
+    """plain_product for an x that wants a gradient. By itself PyTorch would keep each unpacked weight for the backward pass, the
+    whole model in 16 bits; this keeps the packed ones, which are there anyway, and unpacks them again."""
+
+    @staticmethod
+    def forward(ctx, x, weight, scales):
+        ctx.save_for_backward(weight, scales)
+        return plain_product(x, weight, scales)
+
+    @staticmethod
+    def backward(ctx, gradient):  # of y = x Wᵀ, (M, N): that of x is gradient · W
+        return gradient @ dequantize(*ctx.saved_tensors, gradient.dtype), None, None
+
+
 @cache
 def compiled_row_product(device):
     """row_product as one kernel, which reads packed weights and nothing else, or None where PyTorch cannot make it."""
@@ -127,6 +147,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("scales", scales)
         self.bias = bias
+        self.in_features, self.out_features = weight.shape[1], len(scales) if weight.dtype == torch.int8 else scales.shape[1]
 
     @classmethod
     def of(cls, weight, scheme, bias=None):
@@ -159,7 +180,7 @@ class QuantizedLinear(nn.Module):
         """After loading: put the weight as the device's kernel wants it. int8's on a CPU crashes on memory (of a mapped file)
         that does not begin at a multiple of 16 bytes."""
         if self.weight.dtype == torch.uint8:
-            self.weight = self.packed(rows_together(self.scales.shape[1], self.weight.device))
+            self.weight = self.packed(rows_together(self.out_features, self.weight.device))
         elif self.weight.data_ptr() % 16:
             self.weight = self.weight.clone()
 
@@ -171,6 +192,8 @@ class QuantizedLinear(nn.Module):
         """x Wᵀ, (M, K) -> (M, N), in the fastest way that the device has. With few rows the time goes into reading weights, so
         they are taken as they are packed; with many into arithmetic, which is fastest on plain weights."""
         weight, scales, device = self.weight, self.scales, x.device.type
+        if x.requires_grad:  # the kernels below have no derivative
+            return TrainingProduct.apply(x, weight, scales)
         if device == "cpu" and len(x) <= FEW[weight.dtype]:
             # PyTorch's kernels are fast in bfloat16 alone: in other types they take 5 to 30 times as long.
             if weight.dtype == torch.int8 and x.shape[1] % 64 == 0:  # rows of other lengths are read beyond their end
@@ -182,8 +205,7 @@ class QuantizedLinear(nn.Module):
             step = row_product if torch.compiler.is_compiling() else compiled_row_product(x.device)
             if step is not None:
                 return torch.stack([step(row, weight, scales) for row in x]).to(x.dtype)
-        parts = split(weight, scales, TOGETHER if device == "cpu" else 2**20)
-        return torch.cat([F.linear(x, dequantize(*part, x.dtype)) for part in parts], 1)
+        return plain_product(x, weight, scales)
 
 
 def check_scheme(scheme, outputs=2, inputs=None):

@@ -3,6 +3,7 @@
     python train.py --stage 1 --model DIR --data align.json    --images FOLDER --out DIR     # projector alone
     python train.py --stage 2 --model DIR --data instruct.json --images FOLDER --out DIR     # projector and language model
     python train.py --stage 2 --lora 16 …                                                    # projector and an adapter
+    python train.py --stage 2 --lora 16 --quantize int4 …                                    # of a base in 4 bits (QLoRA)
 
 The vision tower stays frozen. Only what the assistant says is learnt, with the end mark after it. The data is a JSON list
 of {"image": file, "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": …}, …]};
@@ -40,6 +41,7 @@ from inputs import IGNORED
 from llava import Llava
 from lora import WEIGHTS, adapted, add_adapter, save_adapter
 from parallel import Processes, gather, shard
+from quantize import GROUPS
 from tokenizer import STYLES, Tokenizer, chat_prompt, expand_images
 
 LARGE = 100e6  # parameters of a model above which activations are checkpointed by default
@@ -238,6 +240,9 @@ def main():
         "--lora", type=positive(int), metavar="RANK", help="in stage 2, leave the language model and train an adapter of it"
     )
     parser.add_argument("--lora-alpha", type=positive(float), help="the adapter's weight is this by its rank [twice the rank]")
+    parser.add_argument(
+        "--quantize", choices=GROUPS, help="with --lora, hold the language model in 8 or 4 bits; a quantised --model is so already"
+    )
     parser.add_argument("--epochs", type=positive(int), default=1)
     parser.add_argument("--batch-size", type=positive(int), default=16, help="conversations in one forward pass")
     parser.add_argument("--accumulate", type=positive(int), default=1, help="forward passes for one step of the optimiser")
@@ -299,12 +304,14 @@ def train(args, processes):
         raise ValueError("--lora is for stage 2; stage 1 trains the projector alone")
     if args.lora_alpha and not args.lora:
         raise ValueError("--lora-alpha is for an adapter; give its rank by --lora")
+    if args.quantize and not args.lora:
+        raise ValueError("--quantize is for --lora: 8- and 4-bit weights cannot be trained, only an adapter beside them")
     if args.batch_size < size:
         raise ValueError(f"--batch-size is {args.batch_size}, to be shared by {size} processes; give at least {size}")
     tokenizer, processor = Tokenizer.from_pretrained(source), ImageProcessor.from_pretrained(source)
-    model = Llava.from_pretrained(source, args.device if size == 1 else "cpu")
-    if model.config.quantized:
-        raise ValueError(f"{source} is quantised, and 16 steps cannot be trained; give the checkpoint it was made from")
+    model = Llava.from_pretrained(source, args.device if size == 1 else "cpu", quantize=args.quantize)
+    if model.config.quantized and not args.lora:
+        raise ValueError(f"{source} is quantised: train an adapter of it (--stage 2 --lora 16), or the checkpoint it was made from")
     config, stored = model.config, model.dtype  # the result is stored in the type that the checkpoint came in
     length, P = min(args.max_length, config.text.max_position_embeddings), config.features_per_image
     data, *held_out = (

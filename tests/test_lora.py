@@ -13,6 +13,8 @@ import torch.nn as nn
 from safetensors.torch import load_file, save_file
 
 import train
+from chat import Chat
+from images import ImageProcessor, open_image
 from llava import Llava
 from lora import (
     CONFIG,
@@ -29,7 +31,9 @@ from lora import (
     refuse_merged,
     save_adapter,
 )
+from quantize import QuantizedLinear
 from tests.compare import FAMILIES, FIXTURES
+from tests.test_quantize import run as quantise
 from tests.test_sample import sample
 from tests.test_train import TINY, run
 from tiny.german import german
@@ -145,29 +149,15 @@ def test_it_is_written_in_pefts_names(adapter):
     assert "base_model.model.model.multi_modal_projector.linear_1.bias" in names
 
 
-class Eight(nn.Module):
-    """Weights in 8 bits, one scale a row: what takes a linear layer's place."""
-
-    def __init__(self, linear):
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
-        self.register_buffer("scale", scale)
-        self.register_buffer("weight", (linear.weight.detach() / scale).round().to(torch.int8))
-
-    def forward(self, x):
-        return x @ (self.weight * self.scale).T
-
-
 def test_quantised_weights_take_an_adapter_but_no_merging(adapter):
     model = model_of()
     for block in model.language_model.layers:
-        block.mlp.up_proj = Eight(block.mlp.up_proj)
+        block.mlp.up_proj = QuantizedLinear.of(block.mlp.up_proj.weight, "int8")
     before = logits(model)
     load_adapter(model, adapter[0])
     assert not torch.equal(logits(model), before)
     assert (logits(model) - adapter[1]).abs().max() < 0.5
-    with pytest.raises(ValueError, match="mlp.up_proj is a Eight: on the coarse grid of quantised weights"):
+    with pytest.raises(ValueError, match="mlp.up_proj is a QuantizedLinear: on the coarse grid of quantised weights"):
         merge(model)
     assert len(adapted(model)) == 14  # refused before anything was changed
 
@@ -297,9 +287,68 @@ def test_a_killed_run_resumes_and_ends_the_same(monkeypatch, data, tmp_path, cap
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
 
 
+QLORA = ("--lora", "4", "--epochs", "3", "--lr", "4e-3")
+
+
+@pytest.fixture(scope="module")
+def on_int4(tmp_path_factory):
+    """The model taught to say "Nothing." by an adapter on weights in 4 bits, and the folder of the data, with the adapter in out."""
+    folder, seen, save = tmp_path_factory.mktemp("nothing"), [], train.save_adapter
+    write(folder, 12, seed=5)
+    data = re.sub(r'(?<="from": "gpt", "value": )"[^"]*"', '"Nothing."', (folder / "instruct.json").read_text())
+    (folder / "instruct.json").write_text(data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "save_adapter", lambda model, *arguments: seen.append(model) or save(model, *arguments))
+        run(patch, folder, folder / "out", *QLORA, "--quantize", "int4")
+    return seen[0], folder
+
+
+def test_an_adapter_of_quantised_weights_learns_and_leaves_them_as_they_are(on_int4):
+    trained, folder = on_int4
+    fresh = Llava.from_pretrained(TINY, dtype=torch.float32, quantize="int4")
+    before, after = dict(fresh.named_buffers()), {name.replace(".base.", "."): buffer for name, buffer in trained.named_buffers()}
+    assert len(before) == 2 * 29 and before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert not torch.equal(fresh.projector.linear_1.weight, trained.projector.linear_1.weight)
+
+    tokenizer, processor, P = Tokenizer.from_pretrained(TINY), ImageProcessor.from_pretrained(TINY), fresh.config.features_per_image
+    data = train.Conversations(folder / "instruct.json", folder, tokenizer, "llava", 512, P)
+    ids, labels, pixels = train.collate([data[n] for n in range(12)], processor, tokenizer.image_id, tokenizer.pad_id, P, False)
+    with torch.no_grad():
+        losses = [model(ids, pixels, labels=labels).loss.item() for model in (fresh, trained)]
+    assert losses[1] < losses[0] / 10, losses
+
+
+def test_an_adapter_of_quantised_weights_is_used_as_it_was_trained(on_int4):
+    trained, folder = on_int4
+    chat = Chat.from_pretrained(TINY, dtype=torch.float32, quantize="int4")
+    chat.model = trained
+    for question in ("Where is the ring?", "Describe the picture."):
+        chat.reset()
+        answer = "".join(chat.ask(question, [open_image("tiny/example.png")]))
+        status, said, error = sample("--image", "tiny/example.png", "--quantize", "int4", "--adapter", str(folder / "out"), question)
+        assert (status, said) == (0, f"{answer}\n") and answer == "Nothing.", error
+    load_adapter(Llava.from_pretrained(TINY), folder / "out")  # the plain model's too, so in PEFT's format
+
+
+def test_a_checkpoint_that_is_quantised_already_trains_the_same_adapter(on_int4, monkeypatch, tmp_path):
+    _, data = on_int4
+    quantise([TINY, str(tmp_path / "int4"), "--to", "int4"])
+    run(monkeypatch, data, tmp_path / "out", *QLORA, model=tmp_path / "int4")
+    one, other = (load_file(folder / "out" / WEIGHTS) for folder in (data, tmp_path))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    with pytest.raises(SystemExit, match=r"int4 is quantised: train an adapter of it \(--stage 2 --lora 16\)"):
+        run(monkeypatch, data, tmp_path / "full", model=tmp_path / "int4")
+    with pytest.raises(SystemExit, match="int4 is quantised already, to int4"):
+        run(monkeypatch, data, tmp_path / "twice", *QLORA, "--quantize", "int8", model=tmp_path / "int4")
+    with pytest.raises(ValueError, match="is a QuantizedLinear: on the coarse grid"):
+        merge_checkpoint(tmp_path / "int4", tmp_path / "out", tmp_path / "merged")
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
+        (["--quantize", "int4"], "--quantize is for --lora"),
+        (["--lora", "4", "--quantize", "int4-128"], "int4-128 takes inputs in groups of 128"),
         (["--lora", "0"], "--lora: 0 is not above 0"),
         (["--lora", "4", "--stage", "1"], "--lora is for stage 2"),
         (["--lora-alpha", "4"], "--lora-alpha is for an adapter"),

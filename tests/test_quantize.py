@@ -134,6 +134,30 @@ def test_parts_of_a_large_layer_make_the_whole(scheme):
     torch.testing.assert_close(quantized(random(40, 64)), random(40, 64) @ whole.T)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 33])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_gradient_is_that_of_the_plain_layer_and_keeps_packed_weights_only(scheme, rows, dtype):
+    bias, kept = random(640, seed=3).to(dtype), []
+    _, quantized = layer(scheme, 640, 256, bias=bias)
+    plain = nn.Linear(256, 640).requires_grad_(False).to(dtype)
+    plain.weight.data, plain.bias.data = dequantize(quantized.weight, quantized.scales, dtype), bias
+    results = []
+    for module in (plain, quantized):
+        x = random(2, rows, 256, seed=1).to(dtype).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+            y = module(x)
+        (y * random(*y.shape, seed=2).to(dtype)).sum().backward()
+        results.append((y.detach(), x.grad))
+    for expected, got in zip(*results, strict=True):
+        assert got.dtype == dtype
+        torch.testing.assert_close(got, expected, rtol=0, atol=(1e-5 if dtype == torch.float32 else 0.01) * float(expected.abs().max()))
+    packed = {tensor.data_ptr() for tensor in (quantized.weight, quantized.scales)}
+    layers = [tensor for tensor in kept if tensor.numel() >= 640 * 256 / 2 or tensor.data_ptr() in packed]
+    assert [tensor.data_ptr() for tensor in layers[-2:]] == [quantized.weight.data_ptr(), quantized.scales.data_ptr()]
+    assert len(layers) == 3 and layers[0].data_ptr() == plain.weight.data_ptr()  # the plain layer's own, and no unpacked one
+
+
 # Models
 
 

@@ -18,13 +18,15 @@ from config import LlavaConfig
 from llava import Llava
 from tiny.world import write
 
-ALIGNING, ADAPTER, BFLOAT16 = ("--stage", "1"), ("--lora", "4"), ("--dtype", "bfloat16", "--checkpoint-activations")
+ALIGNING, BFLOAT16 = ("--stage", "1"), ("--dtype", "bfloat16", "--checkpoint-activations")
+ADAPTER, ON_INT8 = ("--lora", "4"), ("--lora", "4", "--quantize", "int8")
 PHASES = [  # each: {the ranks, of four, that train together: (the run's name, its options)}
     {(0, 1): ("two", ("--held-out", "HELD OUT")), (2,): ("one", ()), (3,): ("one aligning", ALIGNING)},
     {(0, 1, 2, 3): ("four", ("--save-every", "1e-9"))},
     {(0, 1): ("resumed", ()), (2, 3): ("two aligning", ALIGNING)},
     {(0, 1): ("two in bfloat16", BFLOAT16), (2,): ("one in bfloat16", BFLOAT16), (3,): ("one with an adapter", ADAPTER)},
-    {(0, 1): ("two with an adapter", ADAPTER)},
+    {(0, 1): ("two with an adapter", ADAPTER), (2, 3): ("two with an adapter of int8", ON_INT8)},
+    {(0,): ("one with an adapter of int8", ON_INT8)},
 ]
 
 
@@ -105,6 +107,7 @@ def differences(one, other):
     [
         ("two", "one", 1e-4), ("four", "one", 1e-4), ("two aligning", "one aligning", 1e-4),
         ("two with an adapter", "one with an adapter", 1e-4), ("two in bfloat16", "one in bfloat16", 0.05),
+        ("two with an adapter of int8", "one with an adapter of int8", 1e-4),
     ],
 )  # fmt: skip
 def test_the_curve_and_the_result_of_one_process(name, reference, tolerance, runs):
@@ -138,7 +141,8 @@ def test_a_share_of_nothing_is_refused(tmp_path):
         device = staticmethod(lambda name: "cpu")
 
     class Arguments:
-        seed, device, dtype, model, out, batch_size, lora, lora_alpha = 0, "cpu", "float32", "tiny/llava", tmp_path, 2, None, None
+        seed, device, dtype, model, out, batch_size = 0, "cpu", "float32", "tiny/llava", tmp_path, 2
+        lora = lora_alpha = quantize = None
 
     with pytest.raises(ValueError, match="--batch-size is 2, to be shared by 4 processes; give at least 4"):
         train.train(Arguments, Four)

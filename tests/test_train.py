@@ -131,7 +131,7 @@ def test_a_stage_trains_its_modules_and_no_other(monkeypatch, data, tmp_path, st
 
 def forward_pass(model, autocast, ids, pixels):
     """The loss of a forward pass, and how many bytes it saves for its backward pass, the model's own weights not counted."""
-    weights, saved = {parameter.data_ptr() for parameter in model.parameters()}, {}
+    weights, saved = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}, {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
