@@ -23,6 +23,7 @@ from bench.shapes import SHAPES, write_configs
 from config import LlavaConfig
 from llava import Llava
 from lora import add_adapter
+from quantize import replace
 from train import prepare
 
 
@@ -49,19 +50,24 @@ class Count(TorchDispatchMode):
         self.now -= size
 
 
-def training_memory(config, stage, checkpointed, rows, tokens, dtype=torch.bfloat16, lora=None):
+def training_memory(config, stage, checkpointed, rows, tokens, dtype=torch.bfloat16, lora=None, scheme=None):
     """Bytes of one step: held throughout, saved by a forward pass for its backward pass, and at the peak.
 
     `rows` conversations of `tokens` tokens, each with one picture. Gradients count as held: with --accumulate they are.
-    lora: the rank of the adapter that is trained in place of the language model.
+    lora: the rank of the adapter that is trained in place of the language model. scheme: of the language model's weights.
     """
     with torch.device("meta"):
         model = Llava(config)
+        if scheme:
+            replace(model, scheme)
     with FakeTensorMode(), Count() as count:
         for name, parameter in list(model.named_parameters()):
             module, _, leaf = name.rpartition(".")
             empty = torch.nn.Parameter(torch.empty(parameter.shape, dtype=dtype), requires_grad=False)
             setattr(model.get_submodule(module), leaf, empty)
+        for name, buffer in list(model.named_buffers()):
+            module, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(module), leaf, torch.empty(buffer.shape, dtype=buffer.dtype))
         if lora:
             add_adapter(model, lora, 2 * lora)
         parameters, optimizer, autocast = prepare(model, stage, dtype, checkpointed)
@@ -96,10 +102,12 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             write_configs(shape, Path(folder))
             config = LlavaConfig.from_pretrained(folder)
-        for trained, stage, lora in (("stage 1", 1, None), ("stage 2", 2, None), ("LoRA 16", 2, 16)):
+        for trained, stage, lora, scheme in (
+            ("stage 1", 1, None, None), ("stage 2", 2, None, None), ("LoRA 16", 2, 16, None), ("LoRA 16 on int4", 2, 16, "int4"),
+        ):  # fmt: skip
             for checkpointed in (False, True):
                 name = f"{shape.upper()}, {trained}" + ", checkpointed" * checkpointed
-                runs = [training_memory(config, stage, checkpointed, *size, lora=lora) for size in sizes]
+                runs = [training_memory(config, stage, checkpointed, *size, lora=lora, scheme=scheme) for size in sizes]
                 print(f"| {name} | {runs[0][0] / 1e9:.0f} | " + " | ".join(f"{peak / 1e9:.0f}" for _, _, peak in runs) + " |", flush=True)
 
 

@@ -15,6 +15,7 @@ from bench.memory import training_memory
 from bench.shapes import write_configs
 from config import LlavaConfig
 from llava import Llava
+from lora import add_adapter
 from tests.test_train import forward_pass
 from train import prepare
 
@@ -55,6 +56,22 @@ def test_the_memory_of_training_without_memory_is_that_with_it(width, layers, st
     loss, expected = forward_pass(model, autocast, ids, pixels)
     expected += loss.nbytes - ids.nbytes * (stage == 2)  # the word embeddings' gradient needs the ids, held already
     expected += 2 * ids.numel() * text.head_dim * (2 * stage) * checkpointed  # RoPE's tables wait, in the blocks' type, unsaved
+    assert saved == expected and peak > held + saved
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_memory_of_training_on_quantised_weights_is_that_of_packed_ones(checkpointed):
+    config, rows, tokens = LlavaConfig.from_pretrained("tiny/llava"), 2, 100
+    held, saved, peak = training_memory(config, 2, checkpointed, rows, tokens, lora=4, scheme="int4")
+    ids, pixels = torch.tensor([[config.image_id] * 64 + [5] * (tokens - 64)] * rows), torch.ones(rows, 3, 112, 112)
+    model = Llava.from_pretrained("tiny/llava", dtype=torch.bfloat16, quantize="int4")
+    add_adapter(model, 4, 8)
+    parameters, _, autocast = prepare(model, 2, torch.bfloat16, checkpointed)
+    trained, packed = sum(parameter.numel() for parameter in parameters), sum(buffer.nbytes for buffer in model.buffers())
+    frozen = sum(parameter.numel() for parameter in model.parameters()) - trained
+    assert held == 16 * trained + 2 * frozen + packed + ids.nbytes + pixels.nbytes + 4 * len(parameters)
+    loss, expected = forward_pass(model, autocast, ids, pixels)
+    expected += loss.nbytes + 2 * ids.numel() * config.text.head_dim * 2 * checkpointed  # the loss, and RoPE's tables as above
     assert saved == expected and peak > held + saved
 
 
