@@ -199,7 +199,15 @@ def write_checkpoint(tensors, source, out, file, fields=None):
             shutil.copyfile(found, out / found.name)
     if fields:
         (out / "config.json").write_text(json.dumps(read_json(out / "config.json") | fields, indent=2) + "\n", encoding="utf-8")
-    partial = out / f"{file}.partial"  # put in place when whole: a run may be killed at any moment
-    save_file(tensors, partial, metadata={"format": "pt"})
+    write_tensors(tensors, out / file)
+
+
+def write_tensors(tensors, path):
+    """Write a safetensors file, put in place when whole: a run may be killed at any moment. Raises OSError, as for a full disk."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        save_file(tensors, partial, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written ({error})") from None
     os.chmod(partial, 0o644)  # save_file leaves it to its owner alone
-    os.replace(partial, out / file)
+    os.replace(partial, path)

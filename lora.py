@@ -25,9 +25,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from checkpoint import checkpoint_folder, our_name, read_json, save_checkpoint
+from checkpoint import checkpoint_folder, our_name, read_json, save_checkpoint, write_tensors
 from config import REAL, SIZE, check, only
 from llava import Llava
 
@@ -117,11 +117,7 @@ def save_adapter(model, out, base, dtype):
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
-    partial = out / f"{WEIGHTS}.partial"  # put in place when whole, and last
-    tensors = {f"{PEFT}model.{name}": tensor.detach().to("cpu", dtype) for name, tensor in tensors.items()}
-    save_file(tensors, partial, metadata={"format": "pt"})
-    os.chmod(partial, 0o644)
-    os.replace(partial, out / WEIGHTS)
+    write_tensors({f"{PEFT}model.{name}": tensor.detach().to("cpu", dtype) for name, tensor in tensors.items()}, out / WEIGHTS)
 
 
 def load_adapter(model, adapter):

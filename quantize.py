@@ -259,7 +259,9 @@ def main():
         for name, layer in model.named_modules():
             if isinstance(layer, QuantizedLinear):
                 tensors |= {published_name(f"{name}.weight"): layer.packed(2), published_name(f"{name}.scales"): layer.scales}
-        write_checkpoint(tensors, folder, args.out, FILE, {"quantization_config": {"quant_method": "llava.py", "scheme": args.to}})
+        partial = args.out.with_name(f"{args.out.name}.partial")  # put in place when whole
+        write_checkpoint(tensors, folder, partial, FILE, {"quantization_config": {"quant_method": "llava.py", "scheme": args.to}})
+        partial.rename(args.out)
     except (ValueError, OSError) as error:
         sys.exit(f"quantize.py: {error}")
 

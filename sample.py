@@ -118,7 +118,11 @@ def smaller(config, dtype, scheme, free):
     schemes = {"": scheme} | ({"--quantize int8": "int8", "--quantize int4": "int4"} if scheme is None else {})
     for s, name in schemes.items():
         for d, other in dtypes.items():
-            if weight_bytes(config, other, name) < free:
+            try:
+                fits = weight_bytes(config, other, name) < free
+            except ValueError:  # its layers cannot have this scheme
+                continue
+            if fits:
                 return "use " + " ".join(option for option in (d, s) if option)
     return None
 

@@ -143,8 +143,11 @@ def main():
     args = parser.parse_args()
     try:
         folder = checkpoint_folder(args.model)
+        config = LlavaConfig.from_pretrained(folder)
+        if config.quantized:
+            raise ValueError(f"{folder} is quantised, to {config.quantized}; the page holds 16-bit weights: give what it was made from")
         with torch.device("meta"):
-            parameters = sum(p.numel() for p in Llava(LlavaConfig.from_pretrained(folder)).parameters())
+            parameters = sum(p.numel() for p in Llava(config).parameters())
         if 2 * parameters * 4 / 3 > MOST:  # before anything is read
             raise ValueError(f"{folder} has {parameters:,} parameters; a page of at most {MOST:,} bytes holds {MOST * 3 // 8:,}")
         model, tokenizer, processor = (cls.from_pretrained(folder) for cls in (Llava, Tokenizer, ImageProcessor))

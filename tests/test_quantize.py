@@ -1,5 +1,6 @@
 """8 and 4 bits: the grids, their errors, the packed form, the fast products, and checkpoints that are quantised or become so."""
 
+import importlib
 import json
 import os
 import shutil
@@ -10,8 +11,10 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+import checkpoint
 import quantize
 from bench.quality import divergence, expected_error, own_answers
 from chat import Chat
@@ -218,8 +221,6 @@ def test_the_memory_of_loading_is_the_quantised_model_and_little_more(monkeypatc
     """No weight is kept beside what was made of it: when the next one is read, the one before is gone."""
     import weakref
 
-    import checkpoint
-
     alive, read = [], checkpoint.Stored.read
     most = []
 
@@ -339,6 +340,40 @@ def test_schemes_that_there_are_not_and_sizes_that_do_not_fit():
 
 
 @pytest.mark.parametrize("arguments, words", [(["absent", "new"], "absent"), (["tiny/llava", "tiny"], "tiny exists")])
-def test_a_mistake_is_one_line(arguments, words, tmp_path):
+def test_a_mistake_is_one_line(arguments, words):
     done = subprocess.run([sys.executable, "quantize.py", *arguments, "--to", "int8"], capture_output=True, text=True, timeout=120)
     assert done.returncode and done.stderr.startswith("quantize.py: ") and done.stderr.count("\n") == 1 and words in done.stderr
+
+
+def test_a_disk_that_is_full_is_one_line_and_leaves_no_checkpoint(monkeypatch, tmp_path):
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(SystemExit, match=r"^quantize.py: .*quantized.safetensors could not be written \(.*No space left"):
+        run(["tiny/llava", str(tmp_path / "new"), "--to", "int8"])
+    assert not (tmp_path / "new").exists()
+    monkeypatch.undo()
+    run(["tiny/llava", str(tmp_path / "new"), "--to", "int8"])
+    assert [path.name for path in tmp_path.iterdir()] == ["new"] and not list((tmp_path / "new").glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        ("sample.py --model FOLDER --quantize int8", "is quantised already, to"),
+        ("sample.py --quantize int4-128", "groups of 128"),
+        ("sample.py --quantize int3", "'int3'"),
+        ("sample.py --quantize int8 --adapter FOLDER", "has no adapter_config.json"),
+        ("quantize.py FOLDER FOLDER/new --to int8", "is quantised already, to"),
+        ("quantize.py tiny/llava FOLDER/new --to int4-128", "groups of 128"),
+        ("lessons.page --model FOLDER", "the page holds 16-bit weights"),
+    ],
+)
+def test_what_cannot_be_quantised_or_is_already_is_one_line(command, words, written, monkeypatch, capsys):
+    program, *arguments = command.replace("FOLDER", str(written[1])).split()
+    monkeypatch.setattr(sys, "argv", [program, *arguments])
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(program.removesuffix(".py")).main()
+    error = f"{stop.value}\n{capsys.readouterr().err}"
+    assert words in error and "Traceback" not in error and not (written[1] / "new").exists()

@@ -104,7 +104,8 @@ def test_another_model_gets_the_bundled_picture_only_when_nothing_is_asked(argum
         (3.7e6, [], "use --dtype bfloat16 --quantize int4"),
         (12.6e6, [], "--max-new-tokens"),
         (12.6e6, ["--chat"], "--max-new-tokens"),
-        (1e6, ["--dtype", "float16"], "model"),
+        (1e6, ["--dtype", "float16"], "use a smaller model"),
+        (10, ["--model", "tests/fixtures/llava", "Hi."], "use a smaller model"),  # its layers are too narrow for 4 bits
     ],
 )
 def test_what_helps_when_memory_is_short(free, arguments, hint, monkeypatch, capsys):
