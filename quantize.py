@@ -31,6 +31,7 @@ import torch.nn.functional as F
 GROUPS = {"int8": None, "int4": 64, "int4-32": 32, "int4-128": 128}
 TINY = torch.finfo(torch.bfloat16).tiny  # a scale is never 0
 TOGETHER = 512  # outputs whose weights a CPU unpacks at once: two megabytes at K = 2048, which stay in its cache
+FEW_OUTPUTS = 64  # that are quantised at once: larger blocks, freed again, would leave holes in the memory between those that stay
 FEW = {torch.int8: 8, torch.uint8: 32}  # rows up to which a CPU is faster with packed weights than after unpacking them
 FILE = "quantized.safetensors"  # not model.safetensors, which transformers would take for plain weights
 
@@ -150,27 +151,25 @@ class QuantizedLinear(nn.Module):
         self.in_features, self.out_features = weight.shape[1], len(scales) if weight.dtype == torch.int8 else scales.shape[1]
 
     @classmethod
-    def of(cls, weight, scheme, bias=None):
-        """Quantise the weight (N, K) of a layer. Never is more of it than a part in more bits."""
-        check_scheme(scheme, *weight.shape)
+    def empty(cls, outputs, inputs, scheme, rows=2, device=None, bias=None):
+        """One to be filled. rows: R of int4; in a file 2."""
+        check_scheme(scheme, outputs, inputs)
+        make, group = partial(torch.empty, device=device), GROUPS[scheme]
         if scheme == "int8":
-            parts = [quantize_int8(part) for part in weight.split(TOGETHER)]
-        else:
-            rows = rows_together(len(weight), weight.device)
-            parts = [quantize_int4(part, GROUPS[scheme]) for part in weight.split(TOGETHER)]
-            parts = [(pack(q, rows), scales) for q, scales in parts]
-        weights, scales = zip(*parts)
-        return cls(torch.cat(weights), torch.cat(scales, dim=0 if scheme == "int8" else 1), bias)
+            return cls(make(outputs, inputs, dtype=torch.int8), make(outputs, dtype=torch.bfloat16), bias)
+        packed = make(outputs // rows, inputs, rows // 2, dtype=torch.uint8)
+        return cls(packed, make(inputs // group, outputs, 2, dtype=torch.bfloat16), bias)
 
     @classmethod
-    def like(cls, layer, scheme):
-        """An empty one in the place of an nn.Linear, to be filled with what a file holds."""
-        N, K = layer.weight.shape
-        check_scheme(scheme, N, K)
-        if scheme == "int8":
-            return cls(torch.empty(N, K, dtype=torch.int8), torch.empty(N, dtype=torch.bfloat16), layer.bias)
-        scales = torch.empty(K // GROUPS[scheme], N, 2, dtype=torch.bfloat16)
-        return cls(torch.empty(N // 2, K, 1, dtype=torch.uint8), scales, layer.bias)
+    def of(cls, weight, scheme, bias=None):
+        """Quantise the weight (N, K) of a layer. Never is more of it than a part in more bits."""
+        rows = rows_together(len(weight), weight.device)
+        layer = cls.empty(*weight.shape, scheme, rows, weight.device, bias)
+        for part, (place, place_of_scales) in zip(weight.split(FEW_OUTPUTS), split(layer.weight, layer.scales, FEW_OUTPUTS)):
+            q, scales = quantize_int8(part) if scheme == "int8" else quantize_int4(part, GROUPS[scheme])
+            place.copy_(q if scheme == "int8" else pack(q, rows))
+            place_of_scales.copy_(scales)
+        return layer
 
     def packed(self, rows):
         """The weight, of int4 with so many rows together; in a file they are 2."""
@@ -180,7 +179,9 @@ class QuantizedLinear(nn.Module):
         """After loading: put the weight as the device's kernel wants it. int8's on a CPU crashes on memory (of a mapped file)
         that does not begin at a multiple of 16 bytes."""
         if self.weight.dtype == torch.uint8:
-            self.weight = self.packed(rows_together(self.out_features, self.weight.device))
+            rows = rows_together(self.out_features, self.weight.device)
+            if rows != 2 * self.weight.shape[2]:
+                self.weight = self.packed(rows)
         elif self.weight.data_ptr() % 16:
             self.weight = self.weight.clone()
 
@@ -233,7 +234,8 @@ def plan(model, scheme):
 def replace(model, scheme):
     """Put empty quantised layers in the places of linear ones."""
     for name, of_layer in plan(model, scheme).items():
-        model.set_submodule(name, QuantizedLinear.like(model.get_submodule(name), of_layer))
+        layer = model.get_submodule(name)
+        model.set_submodule(name, QuantizedLinear.empty(*layer.weight.shape, of_layer, bias=layer.bias))
 
 
 def quantizers(model, scheme):
