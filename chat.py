@@ -31,11 +31,11 @@ class Chat:
         self.reset()
 
     @classmethod
-    def from_pretrained(cls, folder_or_hub_name, device="cpu", dtype=None, quantize=None):
+    def from_pretrained(cls, folder_or_hub_name, device="cpu", dtype=None, quantize=None, mapped=False):
         """See Llava.from_pretrained; the tokenizer and the image processor come from the same folder."""
         folder = checkpoint_folder(folder_or_hub_name)
         tokenizer, processor = Tokenizer.from_pretrained(folder), ImageProcessor.from_pretrained(folder)
-        model = Llava.from_pretrained(folder, device, dtype, quantize)
+        model = Llava.from_pretrained(folder, device, dtype, quantize, mapped)
         config = model.config
         if tokenizer.image_id != config.image_id:
             raise ValueError(f"{folder}: <image> is {tokenizer.image_id} in the tokenizer and {config.image_id} in config.json")

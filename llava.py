@@ -171,12 +171,13 @@ class Llava(nn.Module):
         return self.language_model.norm.weight.dtype
 
     @classmethod
-    def from_pretrained(cls, folder_or_hub_name, device="cpu", dtype=None, quantize=None):
+    def from_pretrained(cls, folder_or_hub_name, device="cpu", dtype=None, quantize=None, mapped=False):
         """Load a Hugging Face checkpoint: a folder, or a name on the hub (needs `huggingface_hub`).
 
         dtype None keeps the stored type. quantize: a scheme of quantize.py, "int8" or "int4", for the linear layers of the language
-        model; a checkpoint that is quantised already has its own. Raises FileNotFoundError or ValueError, before any weight is
-        read, for whatever is missing, unexpected, of a wrong shape or damaged.
+        model; a checkpoint that is quantised already has its own. mapped: leave in its file what changes neither device nor type,
+        however much memory is free; a part can then be read without the rest (parallel.py). Raises FileNotFoundError or ValueError,
+        before any weight is read, for whatever is missing, unexpected, of a wrong shape or damaged.
         """
         folder = checkpoint_folder(folder_or_hub_name)
         config = LlavaConfig.from_pretrained(folder)
@@ -196,7 +197,7 @@ class Llava(nn.Module):
         makers = quantizers(model, quantize) if quantize else {}
         # A CPU computes faster with copied weights than with mapped ones; what would take half of the memory stays mapped.
         size = sum(file.stat().st_size for file in {tensor.file for tensor in stored.values()})
-        copy = torch.device(device).type == "cpu" and size < (free_memory("cpu") or 0) / 2
+        copy = not mapped and torch.device(device).type == "cpu" and size < (free_memory("cpu") or 0) / 2
         fill(model, stored, device, dtype, makers, copy)
         if config.text.tie_word_embeddings:
             embeddings = model.language_model.embed_tokens.weight

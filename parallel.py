@@ -64,17 +64,17 @@ def check_size(config, size):
 def split(model, mesh, device, dtype):
     """Leave each process of a one-dimensional DeviceMesh its share of the model, on its device and in dtype.
 
-    model: a Llava on the CPU as `from_pretrained` gives it in the stored type. Its weights are mapped files, of which this
-    reads no more than the share, one tensor after the other. The config's `num_key_value_heads` becomes that of the share, and
-    with it the KV cache's. Raises ValueError if the heads cannot be shared evenly.
+    model: a Llava on the CPU as `from_pretrained` gives it in the stored type, mapped: of its files this then reads no more
+    than the share, one tensor after the other. The config's `num_key_value_heads` becomes that of the share, and with it the
+    KV cache's. Raises ValueError if the heads cannot be shared evenly.
     """
     check_size(model.config, mesh.size())
-    whole = {name: parameter.detach() for name, parameter in model.named_parameters(remove_duplicate=False)}
+    whole = {name: parameter.detach() for name, parameter in model.named_parameters()}
     model.to("meta")
     parallelize_module(model, mesh, PLAN)
-    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+    for name in list(whole):
         module, _, leaf = name.rpartition(".")
-        share = own_share(whole.pop(name), parameter, device, dtype)
+        share = own_share(whole.pop(name), model.get_parameter(name), device, dtype)
         setattr(model.get_submodule(module), leaf, nn.Parameter(share, requires_grad=False))
     text = model.config.text
     if text.tie_word_embeddings:
@@ -87,11 +87,11 @@ def split(model, mesh, device, dtype):
 def own_share(tensor, parameter, device, dtype):
     """Of a tensor this process's part, as the DTensor `parameter` without memory wants it; all of it for any other parameter."""
     if not isinstance(parameter, DTensor):
-        return tensor.to(device, dtype)
+        return tensor.to(device, dtype, copy=True)  # also where nothing changes, so that no file stays mapped
     mesh, (placement,) = parameter.device_mesh, parameter.placements
     if placement.is_shard():
         tensor = tensor.chunk(mesh.size(), placement.dim)[mesh.get_local_rank()]
-    tensor = tensor.contiguous().to(device, dtype)
+    tensor = tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
     return DTensor.from_local(tensor, mesh, [placement], shape=parameter.shape, stride=parameter.stride())
 
 

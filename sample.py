@@ -168,7 +168,7 @@ def load(args, pictures, processes=None):
     if processes is None:
         chat = Chat.from_pretrained(folder, device, dtype, args.quantize)
     else:
-        chat = Chat.from_pretrained(folder)
+        chat = Chat.from_pretrained(folder, mapped=True)
         processes.split(chat.model, device, dtype)
     if args.adapter is not None:
         load_adapter(chat.model, args.adapter)

@@ -1,11 +1,15 @@
 """Several processes with their shares of a model compute what one process computes with all of it."""
 
+import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
+from pathlib import Path
+from shutil import copytree
+from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
@@ -14,7 +18,11 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from config import LlavaConfig
+from torch.utils._python_dispatch import TorchDispatchMode
 from llama import KVCache
+import sample
+from bench.parallel import peak
+from checkpoint import save_checkpoint
 from llava import Llava
 from parallel import check_size, split
 from tests.compare import FAMILIES, FIXTURES, relative
@@ -45,9 +53,22 @@ def inputs(config):
 
 def compare(family, mesh):
     """What one process's share of a model does, beside the whole model."""
+class Reading(TorchDispatchMode):
+    """Counts the elements of all tensors that are read: of the inputs of all operations that do more than look at them otherwise."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        if not operation.is_view and not result.is_meta:
+            self.count += sum(tensor.numel() for tensor in args if isinstance(tensor, torch.Tensor))
+        return result
+
+
     whole, model = random_model(family), random_model(family)
-    split(model, mesh, "cpu", torch.float32)
-    given, result = inputs(model.config), {}
+    with Reading() as read:
+        split(model, mesh, "cpu", torch.float32)
+    given, result = inputs(model.config), {"read": read.count}
     with torch.no_grad():
         result["logits"] = relative(model(**given).logits[:, -3:], whole(**given).logits[:, -3:])
         with CommDebugMode() as vision:
@@ -64,13 +85,33 @@ def compare(family, mesh):
     depth = whole.config.vision.num_hidden_layers
     result["blocks"] = max(layer % (depth + 1) for layer in whole.config.vision_layers), len(whole.language_model.layers)
     result["heads"] = cache.keys[0].shape[1]
-    numel = lambda model: sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in model.parameters() if p.ndim == 2)
-    result["share"] = numel(model) / numel(whole)
+    numel = lambda parameters: sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters)
+    result["own"] = numel(model.parameters())
+    result["share"] = numel(p for p in model.parameters() if p.ndim == 2) / numel(p for p in whole.parameters() if p.ndim == 2)
     return result
 
 
 def work(rank, folder):
     """One of four processes: in pairs, and then all four together."""
+def wide_model(folder):
+    """The bundled model's files with wide layers in the language model, 109 MB in float32. Its weights are never used."""
+    copytree("tiny/llava", folder)
+    raw = json.loads((folder / "config.json").read_text())
+    raw["text_config"] |= dict(hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=8)
+    (folder / "config.json").write_text(json.dumps(raw))
+    save_checkpoint(Llava(LlavaConfig.from_pretrained(folder)), folder, folder, torch.float32)
+
+
+def memory_to_load(folder, mesh):
+    """How far sample.py's loading of one process's share lifts the most memory that the process ever had, in bytes."""
+    args = sample.argument_parser("", "").parse_args(["--model", str(folder), "--dtype", "float32"])
+    processes = SimpleNamespace(size=mesh.size(), device=lambda name: "cpu", split=lambda model, *rest: split(model, mesh, *rest))
+    before = peak()
+    chat = sample.load(args, 0, processes)
+    assert chat.model.language_model.layers[0].mlp.up_proj.weight.shape == (1376, 512)
+    return peak() - before
+
+
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 4), rank=rank, world_size=4)
     pair, four = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pair", "within"))["within"], init_device_mesh("cpu", (4,))
@@ -80,15 +121,17 @@ def work(rank, folder):
     }
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+    results["memory"] = memory_to_load(Path(folder) / "wide", four)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """{(family, size): what `compare` returns, of each process}."""
+    """{(family, size): what `compare` returns, of each process}, and "memory": what `memory_to_load` returns."""
     folder = tmp_path_factory.mktemp("processes")
     multiprocessing.spawn(work, (folder,), nprocs=4)
     of_ranks = [torch.load(folder / f"{rank}.pt") for rank in range(4)]
-    return {case: [of_rank[case] for of_rank in of_ranks if case in of_rank] for case in CASES}
+    wide_model(folder / "wide")
+    return {case: [of_rank[case] for of_rank in of_ranks if case in of_rank] for case in (*CASES, "memory")}
 
 
 every = pytest.mark.parametrize("case", CASES, ids=str)
@@ -124,6 +167,17 @@ def test_a_process_holds_its_share(case, results):
 
 @pytest.mark.parametrize("size, what", [(3, "32 key/value heads"), (32, "16 heads of the vision tower"), (64, "32 key/value heads")])
 def test_numbers_that_do_not_divide(size, what):
+@every
+def test_a_process_reads_its_share(case, results):
+    for result in results[case]:
+        assert result["read"] == result["own"]
+
+
+def test_a_process_needs_the_memory_of_its_share(results):
+    """A quarter of 109 MB, and one tensor's pages at a time."""
+    assert len(results["memory"]) == 4 and 25e6 < min(results["memory"]) and max(results["memory"]) < 40e6
+
+
     config = LlavaConfig.from_pretrained(FIXTURES / "llava")
     text = replace(config.text, num_attention_heads=32, num_key_value_heads=32, hidden_size=4096, intermediate_size=11008)
     config = replace(config, text=text, vision=replace(config.vision, num_attention_heads=16, intermediate_size=4096))
