@@ -11,10 +11,14 @@ PyTorch's part (`DTensor`); the model knows nothing of it.
 """
 
 import os
+import signal
 import sys
+import traceback
 import warnings
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -125,13 +129,17 @@ class Processes:
 
     def __init__(self):
         if dist.is_torchelastic_launched():
+            torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # nobody goes on alone when torchrun itself is killed
             self.store, self.rank, self.size = next(dist.rendezvous("env://", timeout=PATIENCE))
         else:
             self.store, self.rank, self.size = dist.HashStore(), 0, 1
         dist.init_process_group(store=self.store, rank=self.rank, world_size=self.size, timeout=PATIENCE)
         self.stdin, self.stderr = sys.stdin, sys.stderr
+        if self.size > 1:  # Ctrl-C ends a process at once: Python hears of it only when the others have come
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         if self.rank:
-            sys.stdout = sys.stderr = open(os.devnull, "w")
+            sys.stdout = sys.stderr = open(os.devnull, "w", errors="replace")
+            sys.excepthook = partial(traceback.print_exception, file=self.stderr)
 
     def __enter__(self):
         return self
@@ -180,11 +188,17 @@ class Processes:
     def read(self):
         return self.heard(self.stdin.read)
 
-    def first_to_fail(self):
-        """Whether this process is the one that tells why all of them end: the others only fail for want of it."""
+    def fail(self, error):
+        """End with a line that says why, if this process is the first to fail: the others only fail for want of it. They wait
+        until it has spoken, as torchrun ends all when one has ended."""
+        if isinstance(error, RuntimeError | MemoryError):
+            error = f"process {self.rank} of {self.size} cannot go on: {str(error).partition('. ')[0] or 'out of memory'}"
         try:
-            first = self.store.add("failed", 1) == 1
+            if self.store.add("failed", 1) == 1:
+                print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=self.stderr, flush=True)
+                self.store.set("told", "")
+            else:
+                self.store.wait(["told"], timedelta(seconds=10))
         except dist.DistError:  # the process that kept the store is gone, and has told
-            first = False
-        sys.stderr = self.stderr
-        return first
+            pass
+        sys.exit(2)

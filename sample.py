@@ -78,24 +78,20 @@ def argument_parser(command, description):
     return parser
 
 
-def fail(message, processes=None):
+def fail(message):
     """A user's mistake: one line on standard error, exit status 2."""
-    if processes is None or processes.first_to_fail():
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
 
 
-def advice(error, processes=None):
-    """What to do about an error of PyTorch's that comes from what this machine has or lacks; any other is raised again, but that
-    a process may have lost the others."""
+def advice(error):
+    """What to do about an error of PyTorch's that comes from what this machine has or lacks; any other is raised again."""
     text = str(error)
     if "C++ compiler" in text or "C compiler" in text:  # the CPU's compiler, and Triton's for a GPU
         return "--compile needs a C++ compiler (g++, clang++), on a GPU a C compiler (gcc), and there is none; leave it out"
     # A GPU's torch.OutOfMemoryError and the CPU allocator's are RuntimeErrors; cuBLAS has words of its own.
     if isinstance(error, MemoryError) or "memory" in text or "ALLOC_FAILED" in text:
         return "the device ran out of memory; use a 16-bit --dtype, fewer pictures or --device cpu"
-    if processes is not None:
-        return f"process {processes.rank} of {processes.size} cannot go on: {text.partition('. ')[0]}"
     raise error
 
 
@@ -234,11 +230,11 @@ def converse(chat, args, images, marks):
                 else:
                     answer(chat, args, refer(question, marks), images)
                     images = []  # they belong to the conversation now
-            except (ValueError, OSError) as error:
-                print(f"sample.py: {error}", file=sys.stderr)
-                status = 2
-            except (RuntimeError, MemoryError) as error:
-                print(f"sample.py: {advice(error)}; or ask something shorter", file=sys.stderr)
+            except (ValueError, OSError, RuntimeError, MemoryError) as error:
+                if dist.is_initialized() and not isinstance(error, ValueError):
+                    raise  # it is this process's own, and the others wait for it
+                hint = error if isinstance(error, ValueError | OSError) else f"{advice(error)}; or ask something shorter"
+                print(f"sample.py: {hint}", file=sys.stderr)
                 status = 2
         question = None
 
@@ -258,11 +254,12 @@ def run(parser, use):
             setattr(sys, stream, open(os.devnull, way))
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
     processes = None
-    if dist.is_torchelastic_launched():  # by torchrun
+    if dist.is_torchelastic_launched() and os.environ["WORLD_SIZE"] != "1":  # by torchrun
         from parallel import Processes  # here, because it takes longer to import than all else
 
         processes = Processes()
         processes.hear_together()
+        parser.error = processes.fail
     args = parser.parse_args()
     try:
         if args.question == "-":
@@ -289,9 +286,9 @@ def run(parser, use):
         if isinstance(error, BrokenPipeError):  # whoever read the answer has seen enough
             sys.stderr.close()
             sys.exit(0)
-        fail(error, processes)
+        parser.error(error)
     except (RuntimeError, MemoryError) as error:
-        fail(advice(error, processes), processes)
+        parser.error(advice(error) if processes is None else error)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(0 if args.chat else 130)

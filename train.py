@@ -222,7 +222,11 @@ def training_state(model, optimizer):
 def save_state(state, folder, step):
     """Write the state after so many steps to folder/step, by all processes together, and remove older ones. Whoever kills this
     at any moment leaves a whole one: `.metadata` is written when all else is there."""
-    distributed_checkpoint.save(state, checkpoint_id=folder / str(step))
+    try:
+        distributed_checkpoint.save(state, checkpoint_id=folder / str(step))
+    except CheckpointException as error:  # what any process could not write, known to all
+        reason = next(iter(error.failures.values()))[0]
+        raise OSError(f"{folder / str(step)} cannot be written ({reason})") from None
     if dist.get_rank() == 0:
         for old in folder.iterdir():
             if old.is_dir() and old.name != str(step):
@@ -270,16 +274,17 @@ def main():
     parser.add_argument("--save-every", type=positive(float), default=5, help="minutes between saved states")
     parser.add_argument("--seed", type=int, default=0)
     with Processes() as processes:
+        if processes.size > 1:
+            parser.error = processes.fail
         args = parser.parse_args()
         try:
             train(args, processes)
-        except (ValueError, OSError) as error:
-            sys.exit(f"train.py: {error}" if processes.first_to_fail() else 1)
-        except RuntimeError as error:
-            if processes.size == 1:
+        except (ValueError, OSError, RuntimeError) as error:
+            if processes.size > 1:
+                processes.fail(error)
+            if isinstance(error, RuntimeError):
                 raise
-            reason = f"process {processes.rank} of {processes.size} cannot go on: {str(error).partition('. ')[0]}"
-            sys.exit(f"train.py: {reason}" if processes.first_to_fail() else 1)
+            sys.exit(f"train.py: {error}")
 
 
 def positive(kind):
@@ -329,19 +334,22 @@ def train(args, processes):
 
     batches = make_batches(data.lengths, args.batch_size, args.epochs, args.seed)
     steps, peak = math.ceil(len(batches) / args.accumulate), args.lr or (1e-3 if args.stage == 1 else 2e-4 if args.lora else 2e-5)
-    folder, step = args.out / "training-state", 0
+    folder = args.out / "training-state"
     # A run may go on with others of these.
     free = ("model", "out", "device", "workers", "save_every", "held_out", "checkpoint_activations")
     run = {name: str(value) for name, value in vars(args).items() if name not in free}
     run |= {"model": str(source.resolve()), "data": hashlib.sha256(args.data.read_bytes()).hexdigest()}
-    if saved := [int(file.parent.name) for file in folder.glob("[0-9]*/.metadata")]:
-        step = max(saved)
+    step = max((int(file.parent.name) for file in folder.glob("[0-9]*/.metadata")), default=0)
+    dist.broadcast(first := torch.tensor(step), src=0)
+    if step != first:
+        raise ValueError(f"{folder} holds step {step} here, step {first} for the first process; --out must be a folder that all see")
+    if step:
         try:
             before = json.loads((folder / "run.json").read_text(encoding="utf-8"))
             other = [name for name in run if before.get(name) != run[name]]
             if not other:
                 distributed_checkpoint.load(training_state(model, optimizer), checkpoint_id=folder / str(step))
-        except (Exception, CheckpointException) as error:  # of several libraries: whatever it is, the files are none of ours
+        except (ValueError, OSError, AttributeError, CheckpointException) as error:  # a RuntimeError: another process is gone
             raise ValueError(f"{folder} is damaged ({type(error).__name__}); remove it to start anew") from None
         if other:
             raise ValueError(f"{folder} is of a run with another {', '.join(other)}; remove it to start anew")

@@ -2,29 +2,31 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
-
-import pytest
 from pathlib import Path
 from shutil import copytree
 from types import SimpleNamespace
+
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
-
-from config import LlavaConfig
 from torch.utils._python_dispatch import TorchDispatchMode
-from llama import KVCache
+
 import sample
 from bench.parallel import peak
 from checkpoint import save_checkpoint
+from config import LlavaConfig
+from llama import KVCache
 from llava import Llava
-from parallel import check_size, split
+from parallel import Processes, check_size, split
 from tests.compare import FAMILIES, FIXTURES, relative
 from tests.test_sample import ROOT, asked
 
@@ -51,8 +53,6 @@ def inputs(config):
     return dict(input_ids=ids, pixel_values=pixels, attention_mask=torch.tensor([[0, 0, 1, 1, 1], [1] * 5]))
 
 
-def compare(family, mesh):
-    """What one process's share of a model does, beside the whole model."""
 class Reading(TorchDispatchMode):
     """Counts the elements of all tensors that are read: of the inputs of all operations that do more than look at them otherwise."""
 
@@ -65,6 +65,8 @@ class Reading(TorchDispatchMode):
         return result
 
 
+def compare(family, mesh):
+    """What one process's share of a model does, beside the whole model."""
     whole, model = random_model(family), random_model(family)
     with Reading() as read:
         split(model, mesh, "cpu", torch.float32)
@@ -91,8 +93,6 @@ class Reading(TorchDispatchMode):
     return result
 
 
-def work(rank, folder):
-    """One of four processes: in pairs, and then all four together."""
 def wide_model(folder):
     """The bundled model's files with wide layers in the language model, 109 MB in float32. Its weights are never used."""
     copytree("tiny/llava", folder)
@@ -112,6 +112,8 @@ def memory_to_load(folder, mesh):
     return peak() - before
 
 
+def work(rank, folder):
+    """One of four processes: in pairs, and then all four together."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 4), rank=rank, world_size=4)
     pair, four = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pair", "within"))["within"], init_device_mesh("cpu", (4,))
@@ -119,18 +121,18 @@ def memory_to_load(folder, mesh):
     results = {
         (family, mesh.size()): compare(family, mesh) for mesh, families in ((pair, of_pair), (four, FAMILIES)) for family in families
     }
+    results["memory"] = memory_to_load(Path(folder) / "wide", four)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
-    results["memory"] = memory_to_load(Path(folder) / "wide", four)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """{(family, size): what `compare` returns, of each process}, and "memory": what `memory_to_load` returns."""
     folder = tmp_path_factory.mktemp("processes")
+    wide_model(folder / "wide")
     multiprocessing.spawn(work, (folder,), nprocs=4)
     of_ranks = [torch.load(folder / f"{rank}.pt") for rank in range(4)]
-    wide_model(folder / "wide")
     return {case: [of_rank[case] for of_rank in of_ranks if case in of_rank] for case in (*CASES, "memory")}
 
 
@@ -165,8 +167,6 @@ def test_a_process_holds_its_share(case, results):
         assert abs(result["share"] - 1 / case[1]) < 0.03  # positions are everywhere; of 97 words the last process has fewer
 
 
-@pytest.mark.parametrize("size, what", [(3, "32 key/value heads"), (32, "16 heads of the vision tower"), (64, "32 key/value heads")])
-def test_numbers_that_do_not_divide(size, what):
 @every
 def test_a_process_reads_its_share(case, results):
     for result in results[case]:
@@ -178,11 +178,24 @@ def test_a_process_needs_the_memory_of_its_share(results):
     assert len(results["memory"]) == 4 and 25e6 < min(results["memory"]) and max(results["memory"]) < 40e6
 
 
+@pytest.mark.parametrize("size, what", [(3, "32 key/value heads"), (32, "16 heads of the vision tower"), (64, "32 key/value heads")])
+def test_numbers_that_do_not_divide(size, what):
     config = LlavaConfig.from_pretrained(FIXTURES / "llava")
     text = replace(config.text, num_attention_heads=32, num_key_value_heads=32, hidden_size=4096, intermediate_size=11008)
     config = replace(config, text=text, vision=replace(config.vision, num_attention_heads=16, intermediate_size=4096))
     with pytest.raises(ValueError, match=f"{size} processes cannot share {what} evenly; --nproc-per-node 1 or 2 or 4 or 8 or 16 works"):
         check_size(config, size)
+
+
+def test_all_draw_alike_without_a_seed(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)  # to be put back
+    store, drawn = dist.HashStore(), []
+    for rank in range(2):
+        process = Processes.__new__(Processes)
+        process.store, process.rank = store, rank
+        process.hear_together()
+        drawn.append(torch.rand(3))
+    assert torch.equal(*drawn)
 
 
 def torchrun(*command, stdin=""):
@@ -205,3 +218,30 @@ def test_a_mistake_is_one_line():
     status, out, err = torchrun("sample.py", "--max-new-tokens", "0")
     assert status and not out
     assert [line for line in err.splitlines() if line.startswith("sample.py:")] == ["sample.py: max_new_tokens is 0; expected at least 1"]
+
+
+@pytest.fixture
+def waiting():
+    """A chat in two processes that wait for a question: torchrun, and the processes it has started."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "sample.py", "--chat"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as chat:  # fmt: skip
+        said = b""
+        while not said.endswith(b"\n> "):
+            said += chat.stderr.read(1)
+            assert chat.poll() is None, said.decode()
+        yield chat, [int(pid) for pid in Path(f"/proc/{chat.pid}/task/{chat.pid}/children").read_text().split()]
+        chat.kill()
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL], ids=str)
+def test_who_ends_torchrun_ends_all(sign, waiting):
+    """By Ctrl-C, which it hands on, or at once."""
+    torchrun, workers = waiting
+    torchrun.send_signal(sign)
+    start = time.monotonic()
+    assert torchrun.wait(timeout=25)  # after 30 seconds torchrun kills what does not end
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() - start < 25
+        time.sleep(0.1)

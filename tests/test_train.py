@@ -265,19 +265,48 @@ def test_the_state_of_another_run_is_refused(options, message, monkeypatch, data
         run(monkeypatch, data, tmp_path / "out", *options)
 
 
-def test_a_damaged_state_is_refused(monkeypatch, data, tmp_path):
+def stop_after_a_step(data, out):
+    """A run of which nothing but the state after its first step is left."""
+
     def save_then_die(*arguments, save=train.save_state):
         save(*arguments)
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "save_state", save_then_die)
-        run(patch, data, tmp_path, "--save-every", "1e-9")
+        run(patch, data, out, "--save-every", "1e-9")
+
+
+def test_a_damaged_state_is_refused(monkeypatch, data, tmp_path):
+    stop_after_a_step(data, tmp_path)
     for file in ("1/__0_0.distcp", "1/.metadata", "run.json"):  # one after the other: the last is read first
         for content in (b"", b"garbage", json.dumps([]).encode()):
             (tmp_path / "training-state" / file).write_bytes(content)
             with pytest.raises(SystemExit, match="is damaged"):
                 run(monkeypatch, data, tmp_path)
+
+
+def test_a_process_that_is_lost_damages_no_state(monkeypatch, data, tmp_path):
+    def lost(*arguments, **options):
+        raise RuntimeError("Connection closed by peer")
+
+    stop_after_a_step(data, tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="Connection closed"):
+        patch.setattr(train.distributed_checkpoint, "load", lost)
+        run(patch, data, tmp_path)
+
+
+def test_a_state_that_cannot_be_written_is_one_line(monkeypatch, data, tmp_path):
+    (tmp_path / "training-state").mkdir()
+    (tmp_path / "training-state" / "1").touch()  # where a folder should be
+    with pytest.raises(SystemExit, match="train.py: .*training-state/1 cannot be written"):
+        run(monkeypatch, data, tmp_path, "--save-every", "1e-9")
+
+
+def test_processes_that_see_different_states_are_refused(monkeypatch, data, tmp_path):
+    monkeypatch.setattr(train.dist, "broadcast", lambda step, src: step.fill_(3))  # what the first process has found
+    with pytest.raises(SystemExit, match="holds step 0 here, step 3 for the first process"):
+        run(monkeypatch, data, tmp_path)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
