@@ -11,6 +11,7 @@ from random import Random
 import pytest
 from safetensors.torch import load_file
 
+from bench.__main__ import as_markdown as speed_tables
 from bench.memory import training_memory
 from bench.shapes import write_configs
 from config import LlavaConfig
@@ -85,13 +86,20 @@ def test_the_reading_guide_names_what_is_there():
 def test_requirements_are_the_packages_that_the_readme_names():
     names = {line.split("==")[0] for line in Path("requirements.txt").read_text().split()}
     named = set(re.search(r"`pip install ([\w ]+)` is all that is missing", README)[1].split())
-    assert names == named | {"torch", "pytest"}
+    assert names == named | {"torch", "pytest", "pytest-xdist"}
 
 
 def test_accuracy_tables_are_the_recorded_ones():
     for file in ("tiny/accuracy.json", "tiny/vip-accuracy.json"):
         for name, rows in json.loads(Path(file).read_text()).items():
             assert as_markdown(name, rows) in README
+
+
+@pytest.mark.parametrize("record", Path("bench").glob("cpu-*.json"), ids=str)
+def test_speed_tables_are_the_recorded_ones(record):
+    record = json.loads(record.read_text())
+    if "figures" in record:
+        assert all(table in README for table in speed_tables(record).split("\n\n"))
 
 
 def test_the_memory_of_training_is_what_its_table_says(tmp_path):
