@@ -15,9 +15,9 @@ exercise: .venv/installed        # make exercise N=1, or a hint instead: make ex
 notebook: .venv/notebook         # lessons/walkthrough.ipynb from top to bottom, compared with what is stored in it
 	.venv/bin/python -m lessons.run_notebook
 
-lora: .venv/installed            # teach the bundled model German by an adapter, then grade what it learnt and forgot
-	$(MAKE) tiny/build/german/adapter_model.safetensors
-	.venv/bin/python -m tiny.german --grade tiny/build/german
+lora: .venv/installed            # teach the bundled model mirrors by an adapter, then grade what it learnt and forgot
+	$(MAKE) tiny/build/mirror/adapter_model.safetensors
+	.venv/bin/python -m tiny.mirror --grade tiny/build/mirror
 
 # Everything below is for those who change the project; nothing above needs it.
 
@@ -40,11 +40,11 @@ tiny: .venv/installed            # make tiny/llava again, from nothing but seeds
 	cp tiny/build/llava/*.json tiny/build/llava/tokenizer.model tiny/build/llava/model.safetensors tiny/llava/
 	.venv/bin/python -m tiny.grade --json tiny/accuracy.json
 
-tiny/german-data/instruct.json:
-	.venv/bin/python -m tiny.german
-tiny/build/german/adapter_model.safetensors: | tiny/german-data/instruct.json
-	.venv/bin/python train.py --stage 2 --lora 16 --model tiny/llava --data tiny/german-data/instruct.json --images tiny/german-data \
-		--out tiny/build/german --batch-size 8 --lr 2e-3
+tiny/mirror-data/instruct.json:
+	.venv/bin/python -m tiny.mirror
+tiny/build/mirror/adapter_model.safetensors: | tiny/mirror-data/instruct.json
+	.venv/bin/python train.py --stage 2 --lora 16 --model tiny/llava --data tiny/mirror-data/instruct.json --images tiny/mirror-data \
+		--out tiny/build/mirror --batch-size 8 --lr 1e-3
 
 tiny/data/instruct.json:
 	.venv/bin/python -m tiny.world

@@ -3,8 +3,8 @@
 import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
-from random import Random
 from shutil import copytree
 
 import pytest
@@ -36,9 +36,10 @@ from tests.compare import FAMILIES, FIXTURES
 from tests.test_quantize import run as quantise
 from tests.test_sample import sample
 from tests.test_train import TINY, run
-from tiny.german import german
-from tiny.german import write as write_german
-from tiny.world import conversation, make_scene, write
+from tiny.mirror import held_out_questions as mirror_questions
+from tiny.mirror import mirrored
+from tiny.mirror import write as write_mirror
+from tiny.world import QUESTIONS, Thing, describe, write
 from tokenizer import Tokenizer
 
 BASE = FIXTURES / "llava"
@@ -377,41 +378,24 @@ def test_sample_takes_an_adapter(tmp_path):
     assert status == 2 and "already" in error
 
 
-def test_the_german_is_german():
-    assert german([
-        ("What do you see?", "A small purple cross at the top and a large orange ring in the centre."),
-        ("How many orange things are there?", "None."),
-        ("Is the small star above or below the red square?", "Above."),
-        ("Is there an orange circle?", "No."),
-        ("What colour is the large thing?", "Orange."),
-        ("Where is the ring?", "At the bottom left."),
-        ("What is at the top?", "A large blue star."),
-    ]) == [
-        ("Was siehst du?", "Ein kleines violettes Kreuz oben und ein großer oranger Ring in der Mitte."),
-        ("Wie viele orange Dinge gibt es?", "Keine."),
-        ("Ist der kleine Stern über oder unter dem roten Quadrat?", "Darüber."),
-        ("Gibt es einen orangen Kreis?", "Nein."),
-        ("Welche Farbe hat das große Ding?", "Orange."),
-        ("Wo ist der Ring?", "Unten links."),
-        ("Was ist oben?", "Ein großer blauer Stern."),
-    ]  # fmt: skip
+def test_a_mirror_exchanges_left_and_right_and_nothing_else():
+    star, ring, cross = Thing("large", "red", "star", 3), Thing("small", "blue", "ring", 5), Thing("small", "red", "cross", 7)
+    other = mirrored([star, ring, cross])
+    assert describe(other) == "A small blue ring on the left, a large red star on the right and a small red cross at the bottom."
+    assert mirrored(other) == [star, ring, cross]
+    assert [thing.cell for cell in range(9) for thing in mirrored([Thing("small", "red", "star", cell)])] == [2, 1, 0, 5, 4, 3, 8, 7, 6]
 
 
-def test_all_that_is_said_in_the_world_has_its_german():
-    """One German for each English, so a German question asks for just as much; and no word is left in English."""
-    english, put, random = [], [], Random(0)
-    for _ in range(300):
-        turns = conversation(make_scene(random), random, each=2)
-        english += turns
-        put += german(turns)
-    questions = {(a, b) for (a, _), (b, _) in zip(english, put)}
-    assert len({a for a, _ in questions}) == len({b for _, b in questions}) == len(questions) > 1000
-    words, german_words = ({*re.findall(r"\w+", str(turns).lower())} for turns in (english, put))
-    assert words & german_words <= {"in", "orange", "ring"}
+def test_what_is_asked_in_a_mirror_is_what_is_asked_without_one():
+    """The same question, kind by kind; the answer is another where sides matter, and nowhere else."""
+    asked = list(mirror_questions(400, seed=2))
+    assert Counter(kind for kind, *_ in asked) == dict.fromkeys(QUESTIONS, 40)
+    differ = {kind for kind, _, _, answer, other in asked if answer != other}
+    assert differ == {"describe", "where is", "what is at", "which side"}
 
 
-def test_german_data_is_of_training_scenes_and_fits_the_context(tmp_path):
-    write_german(tmp_path, 12, seed=0)
+def test_mirror_data_fits_the_context(tmp_path):
+    write_mirror(tmp_path, 12, seed=0)
     records = json.loads((tmp_path / "instruct.json").read_text())
     tokenizer = Tokenizer.from_pretrained(TINY)
     lengths = [len(train.encode_conversation(record, tokenizer, "llava")[0]) + 63 for record in records]
