@@ -74,15 +74,16 @@ def test_every_turn_is_true():
                 "Which thing": f"A {thing}.",
                 "What colour": f"{thing.colour.capitalize()}.",
                 "Is the thing": f"{thing.size.capitalize()}.",
-                "How many": ("None.", "One.", "Two.", "Three.", "Four.", "Five.")[[t.kind for t in scene].count(thing.kind)],
+                "How many": f"{thing.kind.capitalize()}: {('one', 'two', 'three', 'four')[[t.kind for t in scene].count(thing.kind) - 1]}.",
                 "Where is": f"{PLACES[thing.cell].capitalize()}.",
             }
             if len(named) == 2:
                 other = things[named[1]]
-                larger = named[0] if thing.size == "large" else named[1]
+                sizes, colours = f"{thing.size} and {other.size}".capitalize(), f"{thing.colour} and {other.colour}".capitalize()
+                larger = {"Large and small": "the first", "Small and large": "the second"}.get(sizes, "neither")
                 right = {
-                    "Which is larger": "Neither." if thing.size == other.size else f"The thing {larger}.",
-                    "Are the thing": "Yes." if thing.colour == other.colour else "No.",
+                    "Which is larger": f"{sizes}: {larger}.",
+                    "Are the thing": f"{colours}: yes." if thing.colour == other.colour else f"{colours}: no.",
                     "Is the thing": "Yes." if thing.cell % 3 < other.cell % 3 else "No.",
                 }
                 assert "left of" not in question or thing.cell % 3 != other.cell % 3

@@ -58,7 +58,10 @@ def picture(layout, marked):
     return draw_marks(paint(*layout), [mark for _, mark in marked])
 
 
-# Each takes a scene and its marked things, and gives (question, answer), or None where it cannot be asked.
+# Each takes a scene and its marked things, and gives (question, answer), or None where it cannot be asked. What takes several
+# steps (what is marked? how many are like it?) is answered step by step, "Ring: two.", so that the model reads the first off its
+# own words when it takes the second (Wei et al. 2022, https://arxiv.org/abs/2201.11903). In one word, "Two.", four blocks
+# had not learnt it after 1,750 steps of stage 2: they were as often right with the marks left off.
 
 
 def ask_marked_description(scene, marked, random):
@@ -97,7 +100,8 @@ def ask_size(scene, marked, random):
 
 def ask_like(scene, marked, random):
     (thing, mark), *_ = marked
-    return f"How many things have the shape of the thing {mark.words}?", NUMBERS[sum(t.kind == thing.kind for t in scene)] + "."
+    count = NUMBERS[sum(t.kind == thing.kind for t in scene)].lower()
+    return f"How many things have the shape of the thing {mark.words}?", f"{thing.kind.capitalize()}: {count}."
 
 
 def ask_where(scene, marked, random):
@@ -107,13 +111,14 @@ def ask_where(scene, marked, random):
 
 def ask_larger(scene, marked, random):
     (a, mark_a), (b, mark_b) = marked
-    answer = "Neither." if a.size == b.size else f"The thing {(mark_a if a.size == 'large' else mark_b).words}."
-    return f"Which is larger, the thing {mark_a.words} or the thing {mark_b.words}?", answer
+    larger = "neither" if a.size == b.size else "the first" if a.size == "large" else "the second"
+    return f"Which is larger, the thing {mark_a.words} or the thing {mark_b.words}?", f"{a.size.capitalize()} and {b.size}: {larger}."
 
 
 def ask_same_colour(scene, marked, random):
     (a, mark_a), (b, mark_b) = marked
-    return f"Are the thing {mark_a.words} and the thing {mark_b.words} the same colour?", yes(a.colour == b.colour)
+    same = yes(a.colour == b.colour).lower()
+    return f"Are the thing {mark_a.words} and the thing {mark_b.words} the same colour?", f"{a.colour.capitalize()} and {b.colour}: {same}"
 
 
 def ask_left(scene, marked, random):
