@@ -398,15 +398,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--style", choices=[*FAMILIES], default="llava")
     parser.add_argument("--out", type=Path, help="[tiny/build/base or tiny/build/vip-base]")
-    parser.add_argument("--vision-steps", type=int, help="[3500; 1200 to learn marks]")
-    parser.add_argument("--vision-batch", type=int, help="pictures in a step [128; 80 to learn marks]")
+    parser.add_argument("--vision-steps", type=int, help="[3500; 7000 to learn marks]")
+    parser.add_argument("--vision-batch", type=int, help="pictures in a step [128; 20 to learn marks]")
     parser.add_argument("--llama-steps", type=int, help="[300; 200 where tiny/llava is the start]")
     parser.add_argument("--llama-batch", type=int, help="[32; 16 where tiny/llava is the start]")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     vip = args.style == "vip"
     out = args.out or Path("tiny/build") / ("vip-base" if vip else "base")
-    steps, batch = args.vision_steps or (1200 if vip else 3500), args.vision_batch or (80 if vip else 128)
+    steps, batch = args.vision_steps or (7000 if vip else 3500), args.vision_batch or (20 if vip else 128)
 
     write_text_files(out, args.style, args.seed)
     tokenizer, processor = Tokenizer.from_pretrained(out), ImageProcessor.from_pretrained(out)
