@@ -187,7 +187,7 @@ def held_out_questions(count, seed):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("tiny/marked-data"))
-    parser.add_argument("--count", type=int, default=48000, help="pictures to draw")
+    parser.add_argument("--count", type=int, default=40000, help="pictures to draw")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     write(args.out, args.count, args.seed)
