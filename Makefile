@@ -44,7 +44,7 @@ tiny/mirror-data/instruct.json:
 	.venv/bin/python -m tiny.mirror
 tiny/build/mirror/adapter_model.safetensors: | tiny/mirror-data/instruct.json
 	.venv/bin/python train.py --stage 2 --lora 16 --model tiny/llava --data tiny/mirror-data/instruct.json --images tiny/mirror-data \
-		--out tiny/build/mirror --batch-size 8 --lr 1e-3
+		--out tiny/build/mirror --batch-size 8 --lr 2e-3
 
 tiny/data/instruct.json:
 	.venv/bin/python -m tiny.world

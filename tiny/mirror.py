@@ -3,7 +3,7 @@
     python -m tiny.mirror                       # writes tiny/mirror-data, in LLaVA's own format
     python -m tiny.mirror --grade ADAPTER       # what an adapter taught tiny/llava, and what it made it forget
 
-"In a mirror: Where is the ring?" is "On the right." if it is on the left. All words are known to the model, but not that they can
+"Where is the ring? In a mirror." is "On the right." if it is on the left. All words are known to the model, but not that they can
 be meant so; the picture is the one that it sees, not a mirrored one.
 """
 
@@ -21,7 +21,7 @@ from lora import load_adapter
 from tiny.grade import as_markdown, commonest, right, table
 from tiny.world import QUESTIONS, conversation, draw, llava_record, make_scene
 
-ASK = "In a mirror: "
+ASK = " In a mirror."
 
 
 def mirrored(scene):
@@ -38,7 +38,7 @@ def write(folder, count, seed):
         random = Random(f"{seed} mirror {n}")
         scene, name, file = make_scene(random), f"{n:06d}", f"images/{n:06d}.png"
         draw(scene, random).save(folder / file)
-        turns = [(ASK + question, answer) for question, answer in conversation(mirrored(scene), random)[:3]]
+        turns = [(question + ASK, answer) for question, answer in conversation(mirrored(scene), random)[:3]]
         turns += conversation(scene, random)[:2]
         records.append(llava_record(name, file, random.sample(turns, len(turns))))
     (folder / "instruct.json").write_text(json.dumps(records))
@@ -61,7 +61,7 @@ def held_out_questions(count, seed):
 def grade(model, adapter, count, seed):
     """Accuracy before and after, plain and in a mirror, on the same held-out questions: rows by kind of question."""
     kinds, images, questions, truths, in_mirror = zip(*held_out_questions(count, seed))
-    asked = {"plain": (questions, truths), "in a mirror": ([ASK + question for question in questions], in_mirror)}
+    asked = {"plain": (questions, truths), "in a mirror": ([question + ASK for question in questions], in_mirror)}
     columns, chat = {}, Chat.from_pretrained(model, dtype=torch.float32)
     for when in ("before", "after"):
         if when == "after":
