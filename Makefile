@@ -75,10 +75,15 @@ tiny/build/vip-base/model.safetensors:
 tiny/build/vip-aligned/model.safetensors: | tiny/build/vip-base/model.safetensors tiny/marked-data/instruct.json
 	.venv/bin/python train.py --stage 1 --model tiny/build/vip-base --data tiny/marked-data/align.json --images tiny/marked-data \
 		--out tiny/build/vip-aligned --batch-size 32 --lr 2e-3 --dtype bfloat16
-tiny/build/vip-llava/model.safetensors: | tiny/build/vip-aligned/model.safetensors
+tiny/more-marked-data/instruct.json:
+	.venv/bin/python -m tiny.marked --out tiny/more-marked-data --count 12000 --seed 1
+tiny/build/vip-tuned/model.safetensors: | tiny/build/vip-aligned/model.safetensors
 	.venv/bin/python train.py --stage 2 --model tiny/build/vip-aligned --data tiny/marked-data/instruct.json --images tiny/marked-data \
-		--out tiny/build/vip-llava --batch-size 16 --lr 1e-3 --dtype bfloat16 \
+		--out tiny/build/vip-tuned --batch-size 16 --lr 1e-3 --dtype bfloat16 \
 		--held-out tiny/marked-data/held-out.json --held-out tiny/marked-data/unmarked.json
+tiny/build/vip-llava/model.safetensors: | tiny/build/vip-tuned/model.safetensors tiny/more-marked-data/instruct.json
+	.venv/bin/python train.py --stage 2 --model tiny/build/vip-tuned --data tiny/more-marked-data/instruct.json \
+		--images tiny/more-marked-data --out tiny/build/vip-llava --batch-size 16 --lr 5e-4 --dtype bfloat16
 
 .venv/installed: requirements.txt
 	@echo "Installing PyTorch and seven small packages into .venv, once."

@@ -95,7 +95,7 @@ def test_accuracy_tables_are_the_recorded_ones():
             assert as_markdown(name, rows) in README
 
 
-@pytest.mark.parametrize("record", Path("bench").glob("cpu-*.json"), ids=str)
+@pytest.mark.parametrize("record", sorted(Path("bench").glob("cpu-*.json")), ids=str)
 def test_speed_tables_are_the_recorded_ones(record):
     record = json.loads(record.read_text())
     if "figures" in record:
