@@ -80,11 +80,12 @@ def test_every_turn_is_true():
             if len(named) == 2:
                 other = things[named[1]]
                 sizes, colours = f"{thing.size} and {other.size}".capitalize(), f"{thing.colour} and {other.colour}".capitalize()
+                left = "yes" if thing.cell % 3 < other.cell % 3 else "no"
                 larger = {"Large and small": "the first", "Small and large": "the second"}.get(sizes, "neither")
                 right = {
                     "Which is larger": f"{sizes}: {larger}.",
                     "Are the thing": f"{colours}: yes." if thing.colour == other.colour else f"{colours}: no.",
-                    "Is the thing": "Yes." if thing.cell % 3 < other.cell % 3 else "No.",
+                    "Is the thing": f"{PLACES[thing.cell]} and {PLACES[other.cell]}: {left}.".capitalize(),
                 }
                 assert "left of" not in question or thing.cell % 3 != other.cell % 3
             assert [answer] == [value for begin, value in right.items() if question.startswith(begin)], question

@@ -124,7 +124,8 @@ def ask_same_colour(scene, marked, random):
 def ask_left(scene, marked, random):
     (a, mark_a), (b, mark_b) = marked
     if a.cell % 3 != b.cell % 3:
-        return f"Is the thing {mark_a.words} left of the thing {mark_b.words}?", yes(a.cell % 3 < b.cell % 3)
+        answer = f"{PLACES[a.cell].capitalize()} and {PLACES[b.cell]}: {yes(a.cell % 3 < b.cell % 3).lower()}"
+        return f"Is the thing {mark_a.words} left of the thing {mark_b.words}?", answer
 
 
 ABOUT_ONE = {"what is it": ask_what, "its colour": ask_colour, "its size": ask_size, "how many like it": ask_like, "where is it": ask_where}
