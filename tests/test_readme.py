@@ -105,8 +105,7 @@ def test_speed_tables_are_the_recorded_ones(record):
 def test_the_memory_of_training_is_what_its_table_says(tmp_path):
     write_configs("7b", tmp_path)
     held, _, peak = training_memory(LlavaConfig.from_pretrained(tmp_path), stage=2, checkpointed=True, rows=8, tokens=640)
-    rows = [
-        [cell.strip() for cell in row.split("|")[1:-1]] for row in README.splitlines() if row.startswith(("| peak in GB", "| 7B, stage 2, ch"))
-    ]
+    wanted = ("| peak in GB", "| 7B, stage 2, ch")
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in README.splitlines() if row.startswith(wanted)]
     columns = dict(zip(*rows, strict=True))
     assert (columns["held"], columns["8 × 640"]) == (f"{held / 1e9:.0f}", f"{peak / 1e9:.0f}")
