@@ -31,7 +31,7 @@ class Chat:
         self.reset()
 
     @classmethod
-    def from_pretrained(cls, folder_or_hub_name, device="cpu", dtype=None, quantize=None, mapped=False):
+    def from_pretrained(cls, folder_or_hub_name, device="cpu", dtype=None, quantize=None, mapped=True):
         """See Llava.from_pretrained; the tokenizer and the image processor come from the same folder."""
         folder = checkpoint_folder(folder_or_hub_name)
         tokenizer, processor = Tokenizer.from_pretrained(folder), ImageProcessor.from_pretrained(folder)

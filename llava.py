@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from checkpoint import checkpoint_folder, fill, read_headers
 from clip import CLIPVision
 from config import LlavaConfig
-from device import free_memory
 from generate import cache_length, check_options, sample, steps
 from inputs import IGNORED, prepare, room
 from llama import KVCache, Llama
@@ -171,12 +170,12 @@ class Llava(nn.Module):
         return self.language_model.norm.weight.dtype
 
     @classmethod
-    def from_pretrained(cls, folder_or_hub_name, device="cpu", dtype=None, quantize=None, mapped=False):
+    def from_pretrained(cls, folder_or_hub_name, device="cpu", dtype=None, quantize=None, mapped=True):
         """Load a Hugging Face checkpoint: a folder, or a name on the hub (needs `huggingface_hub`).
 
         dtype None keeps the stored type. quantize: a scheme of quantize.py, "int8" or "int4", for the linear layers of the language
         model; a checkpoint that is quantised already has its own. mapped: leave in its file what changes neither device nor type,
-        however much memory is free; a part can then be read without the rest (parallel.py). Raises FileNotFoundError or ValueError,
+        to be read as it is used; a CPU computes faster with what has been copied into memory. Raises FileNotFoundError or ValueError,
         before any weight is read, for whatever is missing, unexpected, of a wrong shape or damaged.
         """
         folder = checkpoint_folder(folder_or_hub_name)
@@ -195,10 +194,7 @@ class Llava(nn.Module):
             if config.quantized:
                 replace(model, config.quantized)
         makers = quantizers(model, quantize) if quantize else {}
-        # A CPU computes faster with copied weights than with mapped ones; what would take half of the memory stays mapped.
-        size = sum(file.stat().st_size for file in {tensor.file for tensor in stored.values()})
-        copy = not mapped and torch.device(device).type == "cpu" and size < (free_memory("cpu") or 0) / 2
-        fill(model, stored, device, dtype, makers, copy)
+        fill(model, stored, device, dtype, makers, copy=not mapped and torch.device(device).type == "cpu")
         if config.text.tie_word_embeddings:
             embeddings = model.language_model.embed_tokens.weight
             if quantize:

@@ -28,7 +28,8 @@ from images import open_image
 from llava import Llava
 from lora import load_adapter, refuse_merged
 from marks import draw_marks, parse_mark, refer
-from quantize import GROUPS, replace
+from memory import cache_bytes, size, smaller, weight_bytes, worth_copying
+from quantize import GROUPS
 
 HERE = Path(__file__).parent
 BUNDLED_MODEL, BUNDLED_PICTURE = HERE / "tiny" / "llava", HERE / "tiny" / "example.png"
@@ -95,34 +96,6 @@ def advice(error):
     raise error
 
 
-def size(bytes):
-    return f"{bytes / 1e9:.1f} GB" if bytes >= 1e9 else f"{bytes / 1e6:.1f} MB"
-
-
-def weight_bytes(config, dtype, scheme):
-    """What the weights take: quantised layers in their own types, all else in dtype."""
-    with torch.device("meta"):
-        model = Llava(config)
-        if scheme is not None:
-            replace(model, scheme)
-    return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize + sum(buffer.nbytes for buffer in model.buffers())
-
-
-def smaller(config, dtype, scheme, free):
-    """The options with which the weights would fit, the least change first; None if there are none."""
-    dtypes = {"": dtype} | ({"--dtype bfloat16": torch.bfloat16} if dtype == torch.float32 else {})
-    schemes = {"": scheme} | ({"--quantize int8": "int8", "--quantize int4": "int4"} if scheme is None else {})
-    for s, name in schemes.items():
-        for d, other in dtypes.items():
-            try:
-                fits = weight_bytes(config, other, name) < free
-            except ValueError:  # its layers cannot have this scheme
-                continue
-            if fits:
-                return "use " + " ".join(option for option in (d, s) if option)
-    return None
-
-
 def load(args, pictures, processes=None):
     """The chat, after one line that says what it will take, and an error if the device has not got it."""
     folder = checkpoint_folder(BUNDLED_MODEL if args.model is None else args.model)
@@ -132,19 +105,18 @@ def load(args, pictures, processes=None):
     device = choose_device(args.device) if processes is None else processes.device(args.device)
     dtype = choose_dtype(device, parameters) if args.dtype == "auto" else getattr(torch, args.dtype)
 
-    text = config.text
     scheme = args.quantize or config.quantized
     if processes is not None and (args.compile or args.adapter is not None or scheme is not None):
         raise ValueError("--compile, --adapter and quantised weights are for one process; lora.py merge makes a checkpoint for several")
     weights = weight_bytes(config, dtype, scheme)
     shares = 1 if processes is None else processes.size
-    token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * dtype.itemsize  # bytes of the cache
-    most = text.max_position_embeddings
+    most = config.text.max_position_embeddings
     tokens = min(most, pictures * config.features_per_image + len(args.question or "") + args.max_new_tokens)
+    cache = cache_bytes(config, dtype, tokens)
     shared = "" if processes is None else f", shared by {shares} processes"
     caches = (
-        f"{size(token * tokens)} of cache for {tokens} tokens"
-        + f", {size(token * most)} for {most} at the end of a chat" * args.chat
+        f"{size(cache)} of cache for {tokens} tokens"
+        + f", {size(cache_bytes(config, dtype, most))} for {most} at the end of a chat" * args.chat
         + shared
     )
     print(
@@ -153,7 +125,7 @@ def load(args, pictures, processes=None):
         file=sys.stderr,
     )
     free, held = free_memory(device), 1 if device == "cpu" else 1 / shares  # what is free on a CPU is free for all of them
-    needed = (weights + token * tokens) * held + (WORKSPACE if device.startswith("cuda") else 0)
+    needed = (weights + cache) * held + (WORKSPACE if device.startswith("cuda") else 0)
     if free is not None and needed > free:
         if weights * held < free:
             hint = "use a smaller --max-new-tokens"
@@ -162,9 +134,9 @@ def load(args, pictures, processes=None):
             hint = hint or "use a smaller model" + " or --device cpu" * (device != "cpu")
         raise ValueError(f"{device} has {size(free)} free, {size(needed)} are needed; {hint}")
     if processes is None:
-        chat = Chat.from_pretrained(folder, device, dtype, args.quantize)
+        chat = Chat.from_pretrained(folder, device, dtype, args.quantize, mapped=not worth_copying(config, dtype))
     else:
-        chat = Chat.from_pretrained(folder, mapped=True)
+        chat = Chat.from_pretrained(folder)
         processes.split(chat.model, device, dtype)
     if args.adapter is not None:
         load_adapter(chat.model, args.adapter)

@@ -314,7 +314,7 @@ def train(args, processes):
     if args.batch_size < size:
         raise ValueError(f"--batch-size is {args.batch_size}, to be shared by {size} processes; give at least {size}")
     tokenizer, processor = Tokenizer.from_pretrained(source), ImageProcessor.from_pretrained(source)
-    model = Llava.from_pretrained(source, args.device if size == 1 else "cpu", quantize=args.quantize, mapped=size > 1)
+    model = Llava.from_pretrained(source, args.device if size == 1 else "cpu", quantize=args.quantize)
     if model.config.quantized and not args.lora:
         raise ValueError(f"{source} is quantised: train an adapter of it (--stage 2 --lora 16), or the checkpoint it was made from")
     config, stored = model.config, model.dtype  # the result is stored in the type that the checkpoint came in

@@ -34,7 +34,7 @@ def work(rank, size, model, dtype, store, results):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
     before = peak()
-    chat = Chat.from_pretrained(model, dtype=dtype if size == 1 else None, mapped=size > 1)
+    chat = Chat.from_pretrained(model, dtype=dtype if size == 1 else None)
     if size > 1:
         split(chat.model, init_device_mesh("cpu", (size,)), "cpu", dtype)
     ids = torch.tensor([chat.tokenizer.encode(chat.prompt("What is this?", [open_image("tiny/example.png")]))])

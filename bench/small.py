@@ -17,15 +17,10 @@ from bench.shapes import SHAPES, checkpoint_of, write_configs
 from checkpoint import read_headers
 from config import LlavaConfig
 from device import choose_device
+from memory import cache_bytes, weight_bytes
 from quantize import GROUPS
-from sample import weight_bytes
 
 ANSWER = 512
-
-
-def cache_bytes(config, dtype, tokens):
-    text = config.text
-    return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * tokens * dtype.itemsize
 
 
 def sizes(dtype):

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from config import LlavaConfig
+from memory import worth_copying
 from quantize import GROUPS
 
 PICTURE = Path(__file__).parent.parent / "tiny" / "example.png"
@@ -34,7 +36,8 @@ class Ours:
         self.loader, self.quantize = Chat, quantize
 
     def load(self, folder, device, dtype):
-        self.chat = self.loader.from_pretrained(folder, device, dtype, self.quantize)
+        mapped = not worth_copying(LlavaConfig.from_pretrained(folder), dtype)  # as sample.py does
+        self.chat = self.loader.from_pretrained(folder, device, dtype, self.quantize, mapped)
 
     def generate(self, batch, length, tokens):
         """The time at which each step's tokens have reached the host. length: of a prompt of text alone; 0: the bundled

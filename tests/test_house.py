@@ -10,10 +10,11 @@ MAY = {name: set() for name in ALONE} | {
     "config": {"clip", "llama", "checkpoint", "quantize"},
     "generate": {"llama"},
     "inputs": {"tokenizer"},
-    "llava": {"clip", "llama", "config", "checkpoint", "device", "generate", "quantize", "inputs"},
+    "llava": {"clip", "llama", "config", "checkpoint", "generate", "quantize", "inputs"},
     "lora": {"llava", "checkpoint", "config"},
     "chat": {"llava", "images", "tokenizer", "llama", "checkpoint", "generate"},
     "parallel": {"device"},
+    "memory": {"device", "llava", "quantize"},
 }
 ABOVE = {"sample", "train", "lessons", "bench", "tiny"}  # nothing that the model is made of imports these
 OURS = {path.stem for path in Path(".").glob("*.py")} | ABOVE | {"tests"}

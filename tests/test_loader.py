@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-import llava
+import memory
 from chat import Chat
 from checkpoint import our_name
 from config import LlavaConfig
@@ -442,14 +442,19 @@ def test_what_is_no_hub_name_is_not_fetched(hub, name):
     assert not hasattr(hub, "asked")
 
 
-@pytest.mark.parametrize("free, mapped", [(10**9, False), (1000, True), (None, True)])
-def test_weights_are_copied_where_they_fit_twice_and_mapped_where_not(good, monkeypatch, free, mapped):
+@pytest.mark.parametrize("mapped", [True, False])
+def test_weights_are_mapped_or_copied(good, monkeypatch, mapped):
     read, kept = checkpoint.Stored.read, []
     monkeypatch.setattr(checkpoint.Stored, "read", lambda *args: kept.append(read(*args)) or kept[-1])
-    monkeypatch.setattr(llava, "free_memory", lambda device: free)
-    model = Llava.from_pretrained(good)
+    model = Llava.from_pretrained(good, mapped=mapped)
     in_file = {tensor.data_ptr() for tensor in kept}
     assert len(kept) > 20 and all((parameter.data_ptr() in in_file) == mapped for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("free, copied", [(10**9, True), (1000, False), (None, False)])
+def test_weights_are_worth_copying_where_they_fit_twice(good, monkeypatch, free, copied):
+    monkeypatch.setattr(memory, "free_memory", lambda device: free)
+    assert memory.worth_copying(LlavaConfig.from_pretrained(good), torch.float32) == copied
 
 
 # A chat is a model, a tokenizer and an image processor that fit together

@@ -20,8 +20,8 @@ from bench.quality import divergence, expected_error, own_answers
 from chat import Chat
 from config import LlavaConfig
 from llava import Llava
+from memory import weight_bytes
 from quantize import GROUPS, QuantizedLinear, dequantize, pack, quantize_int4, quantize_int8, row_product, unpack
-from sample import weight_bytes
 
 SCHEMES = [*GROUPS]
 

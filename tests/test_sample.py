@@ -233,7 +233,7 @@ def test_a_device_with_too_little_memory_is_an_error_before_loading(monkeypatch,
 def test_out_of_memory_in_the_middle(error, monkeypatch, capsys):
     import sample as module
 
-    def give_up(*_):
+    def give_up(*_, **__):
         raise error
 
     monkeypatch.setattr(sys, "argv", ["sample.py"])
