@@ -262,7 +262,7 @@ def test_the_two_forms_of_rms_norm_are_the_same():
 def test_cudnn_attention_is_off_on_a_gpu(monkeypatch):
     import llava
 
-    monkeypatch.setattr(llava, "fill", lambda *arguments: None)
+    monkeypatch.setattr(llava, "fill", lambda *arguments, copy: None)
     torch.backends.cuda.enable_cudnn_sdp(True)
     load("llava")
     assert torch.backends.cuda.cudnn_sdp_enabled()
