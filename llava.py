@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from checkpoint import checkpoint_folder, fill, read_headers
 from clip import CLIPVision
 from config import LlavaConfig
-from generate import cache_length, check_options, sample, steps
+from generate import cache_length, check_options, prefilling, sample, steps
 from inputs import IGNORED, prepare, room
 from llama import KVCache, Llama
 from quantize import FILE, QuantizedLinear, quantizers, replace
@@ -157,7 +157,7 @@ class Llava(nn.Module):
         count = min(max_new_tokens, left)
         if cache is None:
             cache = KVCache(self.config.text, B, cache_length(self.config, T + count), self.device, self.dtype)
-        with torch.no_grad():
+        with torch.no_grad(), prefilling(self):
             x, _ = self.embed(ids, pixel_values)
         return steps(self, x, mask, cache, count, lambda logits: sample(logits, temperature, top_k, top_p, random), eos)
 

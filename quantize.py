@@ -25,7 +25,6 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 # The schemes, and of those in 4 bits the size of a group. With its scale and zero a weight of "int4" takes 4.5 bits.
 GROUPS = {"int8": None, "int4": 64, "int4-32": 32, "int4-128": 128}
@@ -70,7 +69,7 @@ def dequantize(weight, scales, dtype):
     if weight.dtype == torch.int8:
         return weight.to(dtype) * scales.to(dtype)[:, None]
     q = unpack(weight).T.view(torch.int8).sub_(8).to(dtype).view(len(scales), -1, scales.shape[1])  # (K / group, group, N)
-    scales, zeros = scales.to(dtype)[:, None].unbind(-1)  # (K / group, 1, N)
+    scales, zeros = scales.to(dtype).permute(2, 0, 1).contiguous()[:, :, None]  # (K / group, 1, N), each in one piece
     return torch.addcmul(zeros, q, scales, out=q).flatten(0, 1).T
 
 
@@ -112,7 +111,7 @@ def row_product(x, weight, scales):
 def plain_product(x, weight, scales):
     """x Wᵀ, (M, K) -> (M, N), with the weight unpacked; on a CPU part by part, each of which stays in its cache."""
     parts = split(weight, scales, TOGETHER if x.device.type == "cpu" else 2**20)
-    return torch.cat([F.linear(x, dequantize(*part, x.dtype)) for part in parts], 1)
+    return torch.cat([x @ dequantize(*part, x.dtype).T for part in parts], 1)
 
 
 class TrainingProduct(torch.autograd.Function):

@@ -3,7 +3,7 @@
     python -m bench                                                         # the bundled model in float32
     python -m bench --shape 1b --dtype bfloat16 --json bench/cpu-1b.json    # also record the figures
     python -m bench --shape 1b --dtype bfloat16 --curves --json bench/cpu-1b-curves.json
-    python -m bench --shape 1b --dtype bfloat16 --quantize int8 int4 --peers "torchao int8" "bitsandbytes int4"
+    python -m bench --shape 1b --dtype bfloat16 --quantize int8 int4 "int4, compiled" --peers "torchao int8" "bitsandbytes int4"
     python -m bench --shape 7b --dtype bfloat16 --load                      # loading alone, one library after the other
 
 Each library runs in a process of its own and waits while another is timed. transformers is used as a newcomer would:
@@ -35,6 +35,7 @@ from quantize import GROUPS, replace
 from tokenizer import Tokenizer
 
 NEW_TOKENS, WORDS = 64, 64
+SCHEMES = [*GROUPS, *(f"{scheme}, compiled" for scheme in GROUPS)]
 SPEED = "decode, 1 row, tokens/s"
 CONTEXTS, BATCHES = (64, 128, 256, 512, 1024, 2048, 4096), (1, 2, 4, 8, 16, 32)
 
@@ -105,9 +106,10 @@ def count_weights(config):
     return {"text": text, "vision": count(model.vision_tower), "projector": count(model.projector), "all": count(model)}
 
 
-def bytes_saved(config, scheme, size):
-    """How many bytes less a decode step reads of weights in this scheme; 0 for what is no scheme."""
-    if scheme not in GROUPS:
+def bytes_saved(config, library, size):
+    """How many bytes less a decode step reads of weights in this library's scheme; 0 if it has none."""
+    scheme = next((word for word in library.split(", ") if word in GROUPS), None)
+    if scheme is None:
         return 0
     with torch.device("meta"):
         model = Llava(config)
@@ -158,9 +160,7 @@ def measure(folder, device, dtype, repeats, schemes, peers):
     bandwidth = read_bandwidth(torch.device(device), weights["text"] * size)
     throughput = matrix_throughput(torch.device(device), dtype)
     reading = lambda rows, prompt=first: decode_bytes(config, weights, rows, prompt + NEW_TOKENS / 2, size) / bandwidth
-    reads = lambda lib: (
-        decode_bytes(config, weights, 1, first + NEW_TOKENS / 2, size) - bytes_saved(config, lib.removeprefix("ours, "), size)
-    )
+    reads = lambda lib: decode_bytes(config, weights, 1, first + NEW_TOKENS / 2, size) - bytes_saved(config, lib, size)
     speeds = {lib: reads(lib) / values[1] for lib, values in rows[1].items() if lib not in PEERS}
     figures["decode, 1 row, GB/s"] = {lib: speed / 1e9 for lib, speed in speeds.items()}
     figures["of what the machine reads, %"] = {lib: 100 * speed / bandwidth for lib, speed in speeds.items()}
@@ -250,7 +250,7 @@ def main():
     parser.add_argument("--shape", default="tiny", choices=("tiny", *SHAPES))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--quantize", nargs="+", default=[], choices=GROUPS, help="ours in these schemes, too")
+    parser.add_argument("--quantize", nargs="+", default=[], choices=SCHEMES, help="ours in these schemes, too")
     parser.add_argument("--peers", nargs="+", default=[], choices=PEERS, help="transformers in 8 and 4 bits, by other libraries")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--load", action="store_true", help="loading alone")

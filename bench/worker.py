@@ -150,6 +150,7 @@ class Peer(Transformers):
 
 LIBRARIES = {"ours": Ours, "ours, compiled": Compiled, "transformers": Transformers, "transformers, static cache": StaticTransformers}
 LIBRARIES |= {f"ours, {scheme}": partial(Ours, scheme) for scheme in GROUPS}
+LIBRARIES |= {f"ours, {scheme}, compiled": partial(Compiled, scheme) for scheme in GROUPS}
 PEERS = ("torchao int8", "bitsandbytes int8", "bitsandbytes int4")
 LIBRARIES |= {name: partial(Peer, name) for name in PEERS}
 

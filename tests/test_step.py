@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import generate
 import llama
-from generate import compiled, one_behind, run_step
+from generate import WholeBlocks, compiled, one_behind, run_step
 from llama import KVCache
 from tests.compare import FAMILIES, FIXTURES, load
 from tests.test_generate import generated, prompt
@@ -277,15 +277,17 @@ def test_the_first_token_comes_at_once_and_the_others_one_step_behind():
 
 
 class Watch(TorchFunctionMode):
-    """Notes which of the two functions are called, and whether oneDNN may be used by then."""
+    """Notes which of the two functions are called, whether oneDNN may be used by then, and linear layers' numbers of rows."""
 
     def __init__(self):
         super().__init__()
-        self.calls = []
+        self.calls, self.rows = [], []
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in (F.linear, F.scaled_dot_product_attention):
             self.calls.append((function, torch.backends.mkldnn.enabled))
+        if function is F.linear:
+            self.rows.append(args[0].shape[:-1].numel())
         return function(*args, **(kwargs or {}))
 
 
@@ -302,6 +304,36 @@ def test_bfloat16_on_a_cpu_takes_other_kernels(rows, dtype):
     layers = model.config.text.num_hidden_layers
     assert linear == [not (rows == 1 and dtype == torch.bfloat16)] * (7 * layers + 1) and torch.backends.mkldnn.enabled
     assert len(fused) == (layers if dtype == torch.float32 else 0)
+
+
+def test_a_compiled_step_does_without_onednn_too():
+    model, reference = load("llava", torch.bfloat16)
+    seen = []
+
+    def backend(graph, _):
+        return lambda *inputs: seen.append(torch.backends.mkldnn.enabled) or graph(*inputs)
+
+    with torch.no_grad():
+        eager = generated(model, dict(input_ids=reference["text_ids"]), max_new_tokens=3, eos_ids=())
+        model.decode_step = torch.compile(model.decode_step, fullgraph=True, dynamic=False, backend=backend)
+        assert torch.equal(generated(model, dict(input_ids=reference["text_ids"]), max_new_tokens=3, eos_ids=()), eager)
+    assert seen == [False, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_of_a_prompt_are_filled_up_in_bfloat16(dtype):
+    model, reference = load("llava", dtype)
+    inputs = prompt(reference) | {"pixel_values": reference["pixel_values"].to(dtype)}
+    with Watch() as watch:
+        next(model.generate(**inputs))
+    rows = {3 * (model.config.vision.num_patches + 1), inputs["input_ids"].numel()}  # of the vision tower and of the text
+    assert rows < set(watch.rows) if dtype == torch.float32 else {n for n in watch.rows if n % 8} == {3}  # the head's
+
+
+def test_filled_up_rows_compute_the_same():
+    x, w, b = (torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16() for shape in ((2, 11, 64), (48, 64), (48,)))
+    with WholeBlocks():
+        torch.testing.assert_close(F.linear(x, w, b), x @ w.T + b, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
