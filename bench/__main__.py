@@ -176,18 +176,20 @@ def measure(folder, device, dtype, repeats, schemes, peers):
 
 
 def measure_loading(folder, device, dtype, repeats, schemes, peers):
-    """Loading alone, for models of which only one fits the memory at a time."""
+    """Loading and a first word, for models of which only one fits the memory at a time. Mapped weights are read for the word."""
+    columns = ("load, s", "peak memory while loading, GB", "first token of 64, s", "peak memory, GB")
     values = {lib: [] for lib in ("ours", "transformers", *(f"ours, {scheme}" for scheme in schemes), *peers)}
     with tqdm(total=len(values) * repeats, desc="loading", unit="run") as bar:
         for _ in range(repeats):
             for lib in values:
                 worker = Worker(lib, folder, device, str(dtype)[6:])
-                values[lib].append((worker.load, worker.loaded / 1e9))
+                first, _ = worker("generate", batch=1, length=WORDS, tokens=1)
+                values[lib].append((worker.load, worker.loaded / 1e9, first, worker("memory")[0] / 1e9))
                 worker.close()
                 bar.update()
     medians = {lib: [statistics.median(column) for column in zip(*rows)] for lib, rows in values.items()}
-    figures = {name: {lib: row[k] for lib, row in medians.items()} for k, name in enumerate(("load, s", "peak memory, GB"))}
-    return figures, {"peak memory, GB": count_weights(LlavaConfig.from_pretrained(folder))["all"] * dtype.itemsize / 1e9}, {}
+    figures = {name: {lib: row[k] for lib, row in medians.items()} for k, name in enumerate(columns)}
+    return figures, {}, {}
 
 
 def measure_curves(folder, device, dtype, repeats):
@@ -270,11 +272,8 @@ def main():
     else:
         run = measure_loading if args.load else measure
         record["figures"], record["limits"], record["measured limits"] = run(folder, device, dtype, args.repeats, args.quantize, args.peers)
-        print(
-            f"{args.shape} in {args.dtype} on {record['machine']}, which "
-            + ", ".join(f"{k} {v:.3g}" for k, v in record["measured limits"].items())
-        )
-        print(as_markdown(record))
+        limits = ", ".join(f"{name} {value:.3g}" for name, value in record["measured limits"].items())
+        print(f"{args.shape} in {args.dtype} on {record['machine']} {limits}", as_markdown(record), sep="\n")
     if args.json:
         args.json.write_text(json.dumps(record, indent=1) + "\n")
 

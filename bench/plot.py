@@ -10,6 +10,7 @@ from pathlib import Path
 
 try:
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullLocator
 except ImportError:
     sys.exit("bench.plot: matplotlib is not installed: pip install matplotlib")
 
@@ -26,10 +27,17 @@ def plot(records, out):
         for axis, (name, x) in zip(row, AXES.items()):
             for (library, points), style in zip(record["curves"][name].items(), ("o-", "s--")):
                 axis.plot(*zip(*points), style, label=library)
-            axis.set(xscale="log", yscale="log", xlabel=x, ylabel=name)
+            axis.set(xscale="log", xlabel=x, ylabel=name)
             ticks = [x for x, _ in points]
             axis.set_xticks(ticks, [str(tick) for tick in ticks])
             axis.minorticks_off()
+            if name.startswith("decode"):
+                axis.set_ylim(bottom=0)
+            else:
+                axis.set_yscale("log")
+                axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.yaxis.set_major_formatter("{x:g}")
+                axis.yaxis.set_minor_locator(NullLocator())
             axis.grid(alpha=0.3)
         row[0].legend()
         row[1].set_title(f"{record['shape']} in {record['dtype']} on {record['machine']}")

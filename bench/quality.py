@@ -9,6 +9,7 @@ relative error of each scheme on random layers of a 7B's shapes, beside theory.
 import argparse
 import math
 import re
+import sys
 
 import torch
 import torch.nn as nn
@@ -103,7 +104,12 @@ def main():
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     args = parser.parse_args()
     load = lambda scheme=None: Chat.from_pretrained(args.model, dtype=getattr(torch, args.dtype), quantize=scheme)
-    plain = load()
+    try:
+        plain = load()
+    except (ValueError, OSError) as error:
+        sys.exit(f"bench.quality: {error}")
+    if plain.model.config.quantized:
+        sys.exit(f"bench.quality: {args.model} is quantised already; give the checkpoint that it was made from")
     images, questions, truths = held_out(plain, args.count, args.seed)
     accuracy = lambda chat: f"{100 * sum(right(chat, images, questions, truths)) / args.count:.1f} %"
 

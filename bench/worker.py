@@ -4,6 +4,7 @@ python -m bench.worker ours FOLDER cpu bfloat16
 """
 
 import json
+import statistics
 import sys
 import time
 from functools import partial
@@ -168,6 +169,21 @@ def peak_memory(device):
     return int(peak) * 1024
 
 
+def generation(library, options):
+    """Seconds to the first token, and of each after it."""
+    start = time.perf_counter()
+    times = library.generate(**options)
+    return times[0] - start, (times[-1] - times[0]) / max(1, len(times) - 1)
+
+
+def steady(run, seconds=1.0):
+    """The medians of what `run` measures, called for so long, and at least once: what has waited for its turn begins slowly."""
+    results, end = [], time.perf_counter() + seconds
+    while not results or time.perf_counter() < end:
+        results.append(run())
+    return [statistics.median_low(values) for values in zip(*results)]
+
+
 def main():
     name, folder, device, dtype = sys.argv[1:]
     library, device = LIBRARIES[name](), torch.device(device)  # what it imports is not part of its loading
@@ -180,13 +196,11 @@ def main():
     reply(time.perf_counter() - start, peak_memory(device))
     for line in sys.stdin:
         command = json.loads(line)
-        start = time.perf_counter()
         match command.pop("do"):
             case "generate":
-                times = library.generate(**command)
-                reply(times[0] - start, (times[-1] - times[0]) / max(1, len(times) - 1))  # first token, each after it
+                reply(*steady(partial(generation, library, command)))
             case "turns":
-                reply(*library.turns(**command))
+                reply(*steady(partial(library.turns, **command)))
             case "memory":
                 reply(peak_memory(device))
 

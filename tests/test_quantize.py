@@ -368,6 +368,8 @@ def test_a_disk_that_is_full_is_one_line_and_leaves_no_checkpoint(monkeypatch, t
         ("quantize.py FOLDER FOLDER/new --to int8", "is quantised already, to"),
         ("quantize.py tiny/llava FOLDER/new --to int4-128", "groups of 128"),
         ("lessons.page --model FOLDER", "the page holds 16-bit weights"),
+        ("bench.quality --model FOLDER", "is quantised already"),
+        ("bench.quality --model nowhere/at/all", "nowhere/at/all"),
     ],
 )
 def test_what_cannot_be_quantised_or_is_already_is_one_line(command, words, written, monkeypatch, capsys):
