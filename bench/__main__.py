@@ -219,25 +219,25 @@ def measure_curves(folder, device, dtype, repeats):
 
 
 def as_markdown(record):
-    """The table of a record: each library, ours beside transformers, and how much of the limit ours reaches; then, if there are
-    quantised ones, a table of those beside the plain."""
+    """The table of a record: ours beside transformers, and how much of the limit ours reaches; if there are quantised ones, those
+    beside the plain, a row for each library."""
     figures, limits = record["figures"], record["limits"]
     libraries = list(dict.fromkeys(lib for values in figures.values() for lib in values))
-    plain = [lib for lib in libraries if lib in list(LIBRARIES)[:4]]
-    cells = [["", *plain, "ours ÷ transformers", "limit", "reached"], ["---"] * (len(plain) + 4)]
-    for name, values in figures.items():
-        limit, own = limits.get(name), values["ours"]
-        row = [f"{values[lib]:.3g}" if lib in values else "" for lib in plain] + [f"{own / values['transformers']:.2f}"]
-        reached = "" if limit is None else own / limit if name.endswith("/s") else limit / own
-        cells.append([name, *row, "" if limit is None else f"{limit:.3g}", reached and f"{100 * reached:.0f} %"])
-    tables = [cells]
-    if len(plain) < len(libraries):
+    if set(libraries) <= set(list(LIBRARIES)[:4]):
+        cells = [["", *libraries, "ours ÷ transformers", "limit", "reached"]]
+        for name, values in figures.items():
+            limit, own = limits.get(name), values["ours"]
+            row = [f"{values[lib]:.3g}" if lib in values else "" for lib in libraries] + [f"{own / values['transformers']:.2f}"]
+            reached = "" if limit is None else own / limit if name.endswith("/s") else limit / own
+            cells.append([name, *row, "" if limit is None else f"{limit:.3g}", reached and f"{100 * reached:.0f} %"])
+    else:
         decode = figures.get(SPEED, {})
-        tables.append([["", *figures, *(["times transformers'"] if decode else [])], ["---"] * (len(figures) + 1 + bool(decode))])
+        cells = [["", *figures, *(["times transformers'"] if decode else [])]]
         for lib in libraries:
             row = [f"{values[lib]:.3g}" if lib in values else "" for values in figures.values()]
-            tables[1].append([lib, *row, *([f"{decode[lib] / decode['transformers']:.2f}"] if decode else [])])
-    return "\n\n".join("\n".join("| " + " | ".join(row) + " |" for row in table) for table in tables)
+            cells.append([lib, *row, *([f"{decode[lib] / decode['transformers']:.2f}"] if decode else [])])
+    cells.insert(1, ["---"] * len(cells[0]))
+    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
 
 
 def processor_name():

@@ -40,7 +40,7 @@ SUGGESTIONS = (
 # (counted from 0), and the part of the language model that is switched off in the end ("llama", block, head).
 TOURS = {
     "llava": {"question": "What is on the left?", "patch": 52, "word": 2, "head": [3, 0], "off": "llama 0 1"},
-    "vip": {"question": "Describe the picture and its marks.", "patch": 27, "word": 2, "head": [3, 0], "off": "llama 0 1"},
+    "vip": {"question": "Which thing is within the aqua ellipse?", "patch": 12, "word": 2, "head": [3, 1], "off": "llama 1 3"},
 }
 
 

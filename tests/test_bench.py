@@ -127,10 +127,9 @@ def test_table():
     ]
 
 
-def test_quantised_libraries_have_a_table_of_their_own():
+def test_quantised_libraries_stand_below_the_plain_ones():
     rows = {"ours": 30.0, "transformers": 10.0, "ours, int8": 45.0}
-    first, second = as_markdown({"figures": {SPEED: rows}, "limits": {}}).split("\n\n")
-    assert "int8" not in first and second.splitlines()[2:] == [
+    assert as_markdown({"figures": {SPEED: rows}, "limits": {}}).splitlines()[2:] == [
         "| ours | 30 | 3.00 |", "| transformers | 10 | 1.00 |", "| ours, int8 | 45 | 4.50 |",
     ]  # fmt: skip
 

@@ -403,6 +403,24 @@ def test_the_tour_has_seven_steps_and_each_shows_what_it_speaks_of(tab, asked):
     assert similar.endswith("after the last that is read the one at row 7, column 4.")  # the ring's other half
 
 
+def test_the_tour_of_a_vip_llava_speaks_of_its_mark(browser, vip_file):
+    browser.open(vip_file)
+    answer, attention, changed = browser.run("""
+      await ready;
+      const said = [];
+      for (let n = 0; n < $("steps").children.length; n++) {
+        await tour(n);
+        await new Promise(done => setTimeout(done, 100));
+        said.push(text());
+      }
+      while (/computing/.test($("changed").textContent)) await frame();
+      return [said[0], $("attention-says").textContent, $("changed").textContent];
+    """)
+    assert answer == "A large black triangle." and changed.startswith("The answer becomes")
+    row, column = map(int, re.search(r"\(1\) row (\d), column (\d)", attention).groups())
+    assert row in (1, 2) and column in (4, 5)  # the head looks at the triangle, and not at the star, which is black too
+
+
 def test_the_page_of_a_vip_llava_draws_marks(browser, vip, vip_file):
     browser.log()
     browser.open(vip_file)
