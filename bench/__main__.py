@@ -159,8 +159,8 @@ def measure(folder, device, dtype, repeats, schemes, peers):
     second = len(Tokenizer.from_pretrained(folder).encode(SECOND)) + 12  # and the marks of the turns
     bandwidth = read_bandwidth(torch.device(device), weights["text"] * size)
     throughput = matrix_throughput(torch.device(device), dtype)
-    reading = lambda rows, prompt=first: decode_bytes(config, weights, rows, prompt + NEW_TOKENS / 2, size) / bandwidth
-    reads = lambda lib: decode_bytes(config, weights, 1, first + NEW_TOKENS / 2, size) - bytes_saved(config, lib, size)
+    reading = lambda rows, prompt=first: decode_bytes(config, weights, rows, prompt + NEW_TOKENS / 2, dtype) / bandwidth
+    reads = lambda lib: decode_bytes(config, weights, 1, first + NEW_TOKENS / 2, dtype) - bytes_saved(config, lib, size)
     speeds = {lib: reads(lib) / values[1] for lib, values in rows[1].items() if lib not in PEERS}
     figures["decode, 1 row, GB/s"] = {lib: speed / 1e9 for lib, speed in speeds.items()}
     figures["of what the machine reads, %"] = {lib: 100 * speed / bandwidth for lib, speed in speeds.items()}

@@ -4,6 +4,8 @@ import time
 
 import torch
 
+from memory import cache_bytes
+
 
 def fastest(run, device, seconds=1.0):
     """The shortest time of `run`, repeated for about so long; on a GPU of eight in a row, so that none waits for its launch."""
@@ -35,11 +37,9 @@ def matrix_throughput(device, dtype):
     return 2 * n**3 / fastest(lambda: a @ b, device)
 
 
-def decode_bytes(config, weights, rows, context, itemsize):
+def decode_bytes(config, weights, rows, context, dtype):
     """Bytes that a decode step must read: the language model's weights once, and each row's keys and values."""
-    text = config.text
-    cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * rows * context
-    return (weights["text"] + cache) * itemsize
+    return weights["text"] * dtype.itemsize + cache_bytes(config, dtype, rows * context)
 
 
 def prefill_operations(config, weights, pictures, context, new):

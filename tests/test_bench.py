@@ -81,8 +81,8 @@ def test_what_a_decode_step_reads_of_the_7b(tmp_path):
     weights = count_weights(config)
     assert weights["all"] == 7_063_427_072  # of the published checkpoint
     text = weights["all"] - weights["vision"] - weights["projector"] - 32064 * 4096
-    assert decode_bytes(config, weights, 1, 0, 2) == 2 * text
-    assert decode_bytes(config, weights, 8, 100, 2) == 2 * text + 8 * 100 * 524_288
+    assert decode_bytes(config, weights, 1, 0, torch.bfloat16) == 2 * text
+    assert decode_bytes(config, weights, 8, 100, torch.bfloat16) == 2 * text + 8 * 100 * 524_288
 
 
 def test_ours_goes_through_the_benchmark():
