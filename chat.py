@@ -7,12 +7,12 @@ of `<image>`, generation, and the text as it comes.
 import torch
 from PIL import Image
 
-from checkpoint import checkpoint_folder
 from generate import cache_length, check_options
 from images import ImageProcessor
 from llama import KVCache
 from llava import Llava
 from tokenizer import SPECIAL_LITERALS, STYLES, Tokenizer, chat_prompt, expand_images, stop_at
+from weights.checkpoint import checkpoint_folder
 
 
 class Chat:

@@ -3,6 +3,8 @@
 Shapes: B batch, T tokens, P features of a picture, D width of the language model.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
@@ -11,10 +13,18 @@ from tokenizer import expand_images
 IGNORED = -100  # a label that the loss leaves out
 
 
+class Inputs(NamedTuple):
+    """Fit for the model: on its device, with as many `<image>` ids as there are features."""
+
+    ids: torch.Tensor | None  # (B, T); None where embeddings are given
+    embeds: torch.Tensor | None  # (B, T, D)
+    mask: torch.Tensor | None  # (B, T) bool
+    positions: torch.Tensor | None  # (B, T)
+    labels: torch.Tensor | None  # (B, T)
+
+
 def prepare(config, device, dtype, ids, pixels, mask, positions=None, embeds=None, labels=None, cache=None):
-    """The inputs of `Llava.forward`, fit for the model: (ids, embeds, mask, positions, labels), on its device, with as many
-    `<image>` ids as there are features. Raises ValueError for whatever does not fit, with both of the values that disagree.
-    """
+    """The inputs of `Llava.forward` as an Inputs. Raises ValueError for whatever does not fit, with both of the values that disagree."""
     vocabulary, D, P = config.text.vocab_size, config.text.hidden_size, config.features_per_image
     if (ids is None) == (embeds is None):
         raise ValueError("give input_ids or inputs_embeds, one of the two")
@@ -54,7 +64,7 @@ def prepare(config, device, dtype, ids, pixels, mask, positions=None, embeds=Non
         raise ValueError(f"{T} tokens{before} do not fit {what} of {limit}; shorten the prompt, use fewer pictures or start a new chat")
     mask = None if mask is None else mask.to(device, torch.bool)
     positions, labels = (None if rows is None else rows.to(device, torch.long) for rows in (positions, labels))
-    return ids, embeds, mask, positions, labels
+    return Inputs(ids, embeds, mask, positions, labels)
 
 
 def room(config, cache):

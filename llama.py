@@ -8,7 +8,7 @@ Shapes: B batch, T new tokens, S slots that can be attended to, D width, H query
 """
 
 from dataclasses import dataclass
-from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -46,8 +46,6 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        if x.device.type != "cpu":  # the same up to rounding, in one kernel instead of eight; on a CPU the slower form
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         x32 = x.float()
         x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * x32.to(x.dtype)
@@ -66,13 +64,28 @@ def rope_table(positions, head_dim, theta):
 
 
 def rotate(x, cos, sin):
-    """RoPE in the half-split form: a head's first half a and its second half b become a cos − b sin and b cos + a sin, which
-    is (a, b) · (cos, cos) + (b, a) · (−sin, sin). The two brackets beside the dots are the tables; rolling by E/2 makes (b, a).
+    """RoPE in the half-split form: a head's first half a and its second half b become a cos − b sin and b cos + a sin.
+
+    That is (a, b) · (cos, cos) + (b, a) · (−sin, sin). The brackets beside the dots are the tables of `rope_table`; rolling x by
+    E/2 makes (b, a) of (a, b).
 
     The paper pairs neighbours, dimensions 2i and 2i + 1. Hugging Face's conversion permuted the rows of q_proj and k_proj so
-    that each pair lies E/2 apart; query and key are permuted alike, so their product, and thus the model, is the same.
+    that the members of a pair lie E/2 apart. Query and key are permuted alike, so their product is the same.
     """
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin  # (B, H, T, E)
+
+
+class Places(NamedTuple):
+    """Where the new tokens stand and what they may see. It is the same for all blocks, so it is made once (`Llama.places`)."""
+
+    rope: tuple  # the tables of `rope_table` for the T tokens: (B, 1, T, E) each
+    mask: torch.Tensor | None  # (B, 1, T, S), added to the scores: 0 or −∞; None: plain causal attention
+    slots: torch.Tensor  # (T,), the tokens' places in the cache
+    seen: int  # S: attention looks at the first S slots of the cache
+    asking: slice = slice(None)  # which of the T tokens ask: all, or in the last block of a prompt the last one alone
+
+    def last_one_asks(self):
+        return self._replace(mask=None if self.mask is None else self.mask[:, :, -1:], asking=slice(-1, None))
 
 
 class Attention(nn.Module):
@@ -86,30 +99,27 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(D, K * E, bias=False)
         self.v_proj = nn.Linear(D, K * E, bias=False)
         self.o_proj = nn.Linear(H * E, D, bias=False)
+        self.attend = attention  # loading may put a form of it here that is faster on the device
 
-    def forward(self, x, rope, mask, write, maps, last=False):
-        """x (B, T, D) to the same shape, or to (B, 1, D) for the last token alone.
+    def forward(self, x, at, cache=None, maps=None):
+        """x (B, T, D) to the same shape, or to (B, 1, D) where only the last token asks.
 
-        rope: the two tables of `rope_table`; mask: (B, 1, T, S), added to the scores, or None: plain causal attention among
-        the T tokens; write: a function that puts k and v into the cache and returns all of it, or None; maps: a list to
-        add the attention map to, or None.
+        at: a Places; cache: this layer's LayerCache, or None; maps: a list to add the attention map to, or None.
         """
-        B, T, _ = x.shape
-        q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        heads = (q.shape[1], k.shape[1])  # H and K
-        q, k = rotate(torch.cat([q, k], dim=1), *rope).split(heads, dim=1)  # (B, H, T, E), (B, K, T, E); at once, for speed
-        if write is not None:
-            stored = write(k, v)  # (B, K, S, E) each: all slots of the cache, the new tokens' included
-            if mask is not None:  # without one the new tokens are all there is to see: the other slots are empty
-                k, v = (slots[:, :, : mask.shape[-1]] for slots in stored)
-        if last:
-            q, mask = q[:, :, -1:], None if mask is None else mask[:, :, -1:]
+        q, k, v = self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))  # (B, H or K, T, E)
+        q, k = rotate(torch.cat([q, k], dim=1), *at.rope).split([q.shape[1], k.shape[1]], dim=1)  # both at once, for speed
+        if cache is not None:
+            k, v = cache.update(k, v, at.slots, at.seen)  # (B, K, S, E): those of the earlier tokens too
+        q = q[:, :, at.asking]
         if maps is None:
-            out = attention(q, k, v, mask)
+            out = self.attend(q, k, v, at.mask)
         else:
-            out, weights = naive_attention(q, k, v, mask)
+            out, weights = naive_attention(q, k, v, at.mask)
             maps.append(weights)
-        return self.o_proj(out.transpose(1, 2).flatten(-2))  # (B, T, D) or (B, 1, D)
+        return self.o_proj(out.transpose(1, 2).flatten(-2))  # (B, T, D)
+
+    def heads(self, x):
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
 def attention(q, k, v, mask):
@@ -120,10 +130,10 @@ def attention(q, k, v, mask):
     than the attention itself. So the H / K queries that share a head become as many more tokens of one query head.
     """
     groups, T = q.shape[1] // k.shape[1], q.shape[2]
-    if mask is None or groups == 1:
-        if groups > 1 and q.is_cuda and (q.dtype == torch.float32 or torch.cuda.get_device_capability(q.device) < (8, 0)):
-            k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))  # without flash attention, sharing means the slow kernel
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=k.shape[1] < q.shape[1])
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=groups > 1)
+    if groups == 1:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     q = q.unflatten(1, (-1, groups)).flatten(2, 3)  # (B, K, H / K · T, E)
     if T > 1:
         mask = mask.repeat(1, 1, groups, 1)
@@ -159,9 +169,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope, mask, write=None, maps=None, last=False):
-        attended = self.self_attn(self.input_layernorm(x), rope, mask, write, maps, last)
-        x = (x[:, -1:] if last else x) + attended
+    def forward(self, x, at, cache=None, maps=None):
+        x = x[:, at.asking] + self.self_attn(self.input_layernorm(x), at, cache, maps)
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x
 
@@ -193,31 +202,37 @@ class Llama(nn.Module):
             normalised), and the attention maps (B, H, T, S) of the blocks.
         last: return (B, 1, D), the last token's; of the others the last block then computes keys and values only.
         """
-        config, (B, T, _) = self.config, x.shape
-        plain = maps is None and is_plain(T, attention_mask, cache, config.sliding_window)
-        real = x.new_ones(B, T, dtype=torch.bool) if attention_mask is None else attention_mask
-        if cache is None:
-            slots, counted = torch.arange(T, device=x.device), (real.cumsum(1) - 1).clamp(min=0)
-        else:
-            slots, counted = cache.take(real)
-            real = cache.real[:, : cache.extent()]
-        # Mask and angles are made once, for all blocks. A mask is added to the scores: 0 where a query may look, else −∞.
-        mask = None if plain else torch.where(visible(real, slots, config.sliding_window), 0.0, -torch.inf).to(x.dtype)  # (B, 1, T, S)
-        if cache is not None and positions is None:
-            rope = [table[0, 0, counted].unsqueeze(1) for table in cache.rope]  # (B, 1, T, E), looked up
-        else:
-            tables = rope_table(counted if positions is None else positions, config.head_dim, config.rope_theta)
-            rope = [table.to(x.dtype) for table in tables]
-
+        plain = maps is None and is_plain(x.shape[1], attention_mask, cache, self.config.sliding_window)
+        at = self.places(x, attention_mask, positions, cache, plain)
         for i, block in enumerate(self.layers):
             if states is not None:
                 states.append(x)
-            write = None if cache is None else partial(cache.write, i, slots)
-            x = block(x, rope, mask, write, maps, last and i + 1 == len(self.layers))
+            if last and i + 1 == len(self.layers):
+                at = at.last_one_asks()
+            x = block(x, at, None if cache is None else cache.layers[i], maps)
         x = self.norm(x)
         if states is not None:
             states.append(x)
         return x
+
+    def places(self, x, attention_mask, positions, cache, plain):
+        """Where the T tokens of x (B, T, D) stand; a cache takes them. Arguments as in `forward`; plain: see `is_plain`."""
+        B, T, _ = x.shape
+        real = x.new_ones(B, T, dtype=torch.bool) if attention_mask is None else attention_mask
+        if cache is None:
+            slots, counted, seen = torch.arange(T, device=x.device), (real.cumsum(1) - 1).clamp(min=0), T
+        else:
+            slots, counted = cache.take(real)
+            real, seen = cache.real, T if plain else cache.extent()
+        mask = None
+        if not plain:
+            mask = torch.where(visible(real[:, :seen], slots, self.config.sliding_window), 0.0, -torch.inf).to(x.dtype)  # (B, 1, T, S)
+        if cache is not None and positions is None:
+            rope = tuple(table[0, 0, counted].unsqueeze(1) for table in cache.rope)  # (B, 1, T, E), looked up
+        else:
+            tables = rope_table(counted if positions is None else positions, self.config.head_dim, self.config.rope_theta)
+            rope = tuple(table.to(x.dtype) for table in tables)
+        return Places(rope, mask, slots, seen)
 
 
 def is_plain(T, attention_mask, cache, window):
@@ -230,6 +245,9 @@ def is_plain(T, attention_mask, cache, window):
     | after others          | no: they see the cached ones too                         |
     | one, with a cache     | no: to ask if others came before would stop the host     |
     | otherwise             | yes                                                      |
+
+    With T queries and S > T keys, PyTorch's `is_causal` would let query 0 see key 0 alone: it aligns the triangle at the top
+    left. It is therefore right only where the new tokens see nothing but themselves.
     """
     if window is not None and T > window:
         return False
@@ -252,6 +270,19 @@ def visible(real, slots, window):
     return (mask & real[:, None, :] | (key == query))[:, None]
 
 
+class LayerCache:
+    """One layer's keys, after RoPE, and values: (B, K, slots, E) each."""
+
+    def __init__(self, keys, values):
+        self.keys, self.values = keys, values
+
+    def update(self, k, v, slots, seen):
+        """Write the new tokens' k and v (B, K, T, E) into their slots; returns the first `seen` slots of both."""
+        self.keys.index_copy_(2, slots, k)
+        self.values.index_copy_(2, slots, v)
+        return self.keys[:, :, :seen], self.values[:, :, :seen]
+
+
 class KVCache:
     """The keys and values of the tokens seen so far, so that each new token computes only its own.
 
@@ -263,15 +294,12 @@ class KVCache:
     def __init__(self, config, batch_size, max_length, device="cpu", dtype=torch.float32):
         """Memory: 2 · layers · batch_size · K · max_length · E elements of dtype."""
         # Zeros, not empty memory: a masked slot has weight 0, but 0 × NaN would still be NaN.
-        shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
-        self.keys, self.values = (  # of each layer (B, K, S, E); the keys after RoPE
-            [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)] for _ in range(2)
-        )
+        zeros = lambda: torch.zeros(batch_size, config.num_key_value_heads, max_length, config.head_dim, device=device, dtype=dtype)
+        self.layers = [LayerCache(zeros(), zeros()) for _ in range(config.num_hidden_layers)]
         self.real = torch.zeros(batch_size, max_length, device=device, dtype=torch.bool)  # False: padding, or not yet taken
         self.length = torch.zeros((), device=device, dtype=torch.long)  # slots taken
         self.config = config
         self.rope = self._rope_table()  # of all positions that there may be: a step looks its own up
-        self.graph = None  # a decode step captured with these very tensors (generate.Graph), or None
 
     @property
     def batch_size(self):
@@ -283,7 +311,7 @@ class KVCache:
 
     @property
     def dtype(self):
-        return self.keys[0].dtype
+        return self.layers[0].keys.dtype
 
     def _rope_table(self):
         positions = torch.arange(self.max_length, device=self.real.device)[None]
@@ -306,12 +334,6 @@ class KVCache:
         fixed = self.real.device.type != "cpu" or torch.compiler.is_compiling()
         return self.max_length if fixed else int(self.length)
 
-    def write(self, layer, slots, keys, values):
-        """Put keys and values (B, K, T, E) of one layer into their slots; returns that layer's whole (B, K, S, E)."""
-        self.keys[layer].index_copy_(2, slots, keys)
-        self.values[layer].index_copy_(2, slots, values)
-        return self.keys[layer], self.values[layer]
-
     def truncate(self, length):
         """Forget all but the first `length` slots."""
         if not 0 <= length <= self.length:
@@ -324,9 +346,8 @@ class KVCache:
         extra = max_length - self.max_length
         if extra < 0:
             raise ValueError(f"cannot grow a cache of {self.max_length} slots to {max_length}")
-        for of_layers in (self.keys, self.values):
-            for i, stored in enumerate(of_layers):  # one by one: never two whole caches at once
-                of_layers[i] = F.pad(stored, (0, 0, 0, extra))
+        for layer in self.layers:  # one by one: never two whole caches at once
+            layer.keys = F.pad(layer.keys, (0, 0, 0, extra))
+            layer.values = F.pad(layer.values, (0, 0, 0, extra))
         self.real = F.pad(self.real, (0, extra))
         self.rope = self._rope_table()
-        self.graph = None

@@ -16,13 +16,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checkpoint import checkpoint_folder, fill, read_headers
 from clip import CLIPVision
-from config import LlavaConfig
-from generate import cache_length, check_options, prefilling, sample, steps
-from inputs import IGNORED, prepare, room
-from llama import KVCache, Llama
-from quantize import FILE, QuantizedLinear, quantizers, replace
+from generate import generate
+from inputs import IGNORED, prepare
+from llama import Llama
+from weights.load import load
 
 
 class Projector(nn.Module):
@@ -107,16 +105,18 @@ class Llava(nn.Module):
         cache: a KVCache with room for T more tokens; they are added to it and see what it holds.
         Raises ValueError where counts or shapes do not fit.
         """
-        ids, embeds, mask, positions, labels = prepare(
+        inputs = prepare(
             self.config, self.device, self.dtype, input_ids, pixel_values, attention_mask, positions, inputs_embeds, labels, cache
         )
-        features, states, maps = None, [] if output_hidden_states else None, [] if output_attentions else None
+        embeds, features = inputs.embeds, None
+        states = [] if output_hidden_states else None
+        maps = [] if output_attentions else None
 
         if embeds is None:
-            embeds, features = self.embed(ids, pixel_values)  # (B, T, D): CLIP, projector, splice
-        x = self.language_model(embeds, mask, positions, cache, states, maps)  # (B, T, D)
+            embeds, features = self.embed(inputs.ids, pixel_values)  # (B, T, D): CLIP, projector, splice
+        x = self.language_model(embeds, inputs.mask, inputs.positions, cache, states, maps)  # (B, T, D)
         logits = self.language_model.lm_head(x)  # (B, T, vocabulary)
-        loss = None if labels is None else next_token_loss(logits, labels)
+        loss = None if inputs.labels is None else next_token_loss(logits, inputs.labels)
         return LlavaOutput(logits, loss, features, states, maps)
 
     def decode_step(self, token, alive, cache):
@@ -144,22 +144,9 @@ class Llava(nn.Module):
         Ends after max_new_tokens, when every row has ended, or where the context or the cache is full.
         Raises ValueError at once, not at the first step.
         """
-        check_options(max_new_tokens, temperature, top_k, top_p, seed)
-        eos = torch.tensor(self.config.eos_ids if eos_ids is None else list(eos_ids), dtype=torch.long, device=self.device)
-        random = None if seed is None else torch.Generator(self.device).manual_seed(seed)
-        ids, _, mask, *_ = prepare(self.config, self.device, self.dtype, input_ids, pixel_values, attention_mask, cache=cache)
-        B, T = ids.shape
-        left = room(self.config, cache) - T
-        if left < 1:
-            raise ValueError(f"a prompt of {T} tokens leaves no room for an answer; shorten it or use a longer cache")
-        if mask is not None and not mask[:, -1].all():
-            raise ValueError("attention_mask ends in padding; a batch is padded on the left, so that every row ends in its last token")
-        count = min(max_new_tokens, left)
-        if cache is None:
-            cache = KVCache(self.config.text, B, cache_length(self.config, T + count), self.device, self.dtype)
-        with torch.no_grad(), prefilling(self):
-            x, _ = self.embed(ids, pixel_values)
-        return steps(self, x, mask, cache, count, lambda logits: sample(logits, temperature, top_k, top_p, random), eos)
+        return generate(
+            self, input_ids, pixel_values, attention_mask, max_new_tokens, temperature, top_k, top_p, seed, eos_ids, cache
+        )  # fmt: skip
 
     @property
     def device(self):
@@ -173,38 +160,12 @@ class Llava(nn.Module):
     def from_pretrained(cls, folder_or_hub_name, device="cpu", dtype=None, quantize=None, mapped=True):
         """Load a Hugging Face checkpoint: a folder, or a name on the hub (needs `huggingface_hub`).
 
-        dtype None keeps the stored type. quantize: a scheme of quantize.py, "int8" or "int4", for the linear layers of the language
+        dtype None keeps the stored type. quantize: "int8" or "int4" (weights/quantize.py), for the linear layers of the language
         model; a checkpoint that is quantised already has its own. mapped: leave in its file what changes neither device nor type,
         to be read as it is used; a CPU computes faster with what has been copied into memory. Raises FileNotFoundError or ValueError,
         before any weight is read, for whatever is missing, unexpected, of a wrong shape or damaged.
         """
-        folder = checkpoint_folder(folder_or_hub_name)
-        config = LlavaConfig.from_pretrained(folder)
-        if quantize and config.quantized:
-            raise ValueError(f"{folder} is quantised already, to {config.quantized}; load it as it is, or quantise the original")
-        stored = read_headers(folder, FILE) if config.quantized else read_headers(folder)
-        config = config.as_stored(stored)
-        if config.text.tie_word_embeddings:
-            stored.pop("language_model.lm_head.weight", None)
-        if torch.device(device).type == "cuda":
-            # cuDNN's attention, PyTorch's first choice on Hopper, would plan anew for each length of prompt and cache.
-            torch.backends.cuda.enable_cudnn_sdp(False)
-        with torch.device("meta"):  # shapes without memory; each weight is then read straight to where it stays
-            model = cls(config)
-            if config.quantized:
-                replace(model, config.quantized)
-        makers = quantizers(model, quantize) if quantize else {}
-        fill(model, stored, device, dtype, makers, copy=not mapped and torch.device(device).type == "cpu")
-        if config.text.tie_word_embeddings:
-            embeddings = model.language_model.embed_tokens.weight
-            if quantize:
-                model.language_model.lm_head = makers["language_model.lm_head.weight"](embeddings)
-            else:
-                model.language_model.lm_head.weight = embeddings
-        for layer in model.modules():
-            if isinstance(layer, QuantizedLinear):
-                layer.settle()
-        return model.eval()
+        return load(cls, folder_or_hub_name, device, dtype, quantize, mapped)
 
 
 def next_token_loss(logits, labels):

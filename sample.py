@@ -20,16 +20,17 @@ import torch.distributed as dist
 from PIL import Image
 
 from chat import Chat
-from checkpoint import checkpoint_folder
-from config import LlavaConfig
-from device import WORKSPACE, choose_device, choose_dtype, free_memory
-from generate import compiled
+from hardware.device import WORKSPACE, choose_device, choose_dtype, free_memory
+from hardware.step import compiled
 from images import open_image
 from llava import Llava
-from lora import load_adapter, refuse_merged
 from marks import draw_marks, parse_mark, refer
-from memory import cache_bytes, size, smaller, weight_bytes, worth_copying
-from quantize import GROUPS
+from training.lora import load_adapter, refuse_merged
+from weights.checkpoint import checkpoint_folder
+from weights.config import LlavaConfig
+from weights.load import outline, suit
+from weights.memory import cache_bytes, size, weight_bytes, worth_copying
+from weights.quantize import GROUPS
 
 HERE = Path(__file__).parent
 BUNDLED_MODEL, BUNDLED_PICTURE = HERE / "tiny" / "llava", HERE / "tiny" / "example.png"
@@ -100,15 +101,14 @@ def load(args, pictures, processes=None):
     """The chat, after one line that says what it will take, and an error if the device has not got it."""
     folder = checkpoint_folder(BUNDLED_MODEL if args.model is None else args.model)
     config = LlavaConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in Llava(config).parameters())
+    parameters = sum(parameter.numel() for parameter in outline(Llava, config).parameters())
     device = choose_device(args.device) if processes is None else processes.device(args.device)
     dtype = choose_dtype(device, parameters) if args.dtype == "auto" else getattr(torch, args.dtype)
 
     scheme = args.quantize or config.quantized
     if processes is not None and (args.compile or args.adapter is not None or scheme is not None):
-        raise ValueError("--compile, --adapter and quantised weights are for one process; lora.py merge makes a checkpoint for several")
-    weights = weight_bytes(config, dtype, scheme)
+        raise ValueError("--compile, --adapter and quantised weights are for one process; convert.py makes a checkpoint for several")
+    weights = weight_bytes(outline(Llava, config, scheme), dtype)
     shares = 1 if processes is None else processes.size
     most = config.text.max_position_embeddings
     tokens = min(most, pictures * config.features_per_image + len(args.question or "") + args.max_new_tokens)
@@ -134,17 +134,33 @@ def load(args, pictures, processes=None):
             hint = hint or "use a smaller model" + " or --device cpu" * (device != "cpu")
         raise ValueError(f"{device} has {size(free)} free, {size(needed)} are needed; {hint}")
     if processes is None:
-        chat = Chat.from_pretrained(folder, device, dtype, args.quantize, mapped=not worth_copying(config, dtype))
+        chat = Chat.from_pretrained(folder, device, dtype, args.quantize, mapped=not worth_copying(parameters * dtype.itemsize))
     else:
         chat = Chat.from_pretrained(folder)
         processes.split(chat.model, device, dtype)
+        suit(chat.model)
     if args.adapter is not None:
         load_adapter(chat.model, args.adapter)
         refuse_merged(folder, args.adapter)
     chat.system, chat.pad = args.system, args.pad
     if args.compile:
-        chat.model.decode_step = compiled(chat.model)
+        chat.model.decode_step = compiled(chat.model.decode_step, device)
     return chat
+
+
+def smaller(config, dtype, scheme, free):
+    """The options with which the weights would fit, the least change first; None if there are none."""
+    dtypes = {"": dtype} | ({"--dtype bfloat16": torch.bfloat16} if dtype == torch.float32 else {})
+    schemes = {"": scheme} | ({"--quantize int8": "int8", "--quantize int4": "int4"} if scheme is None else {})
+    for s, name in schemes.items():
+        for d, other in dtypes.items():
+            try:
+                fits = weight_bytes(outline(Llava, config, name), other) < free
+            except ValueError:  # its layers cannot have this scheme
+                continue
+            if fits:
+                return "use " + " ".join(option for option in (d, s) if option)
+    return None
 
 
 def answer(chat, args, question, images):
@@ -227,7 +243,7 @@ def run(parser, use):
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
     processes = None
     if dist.is_torchelastic_launched() and os.environ["WORLD_SIZE"] != "1":  # by torchrun
-        from parallel import Processes  # here, because it takes longer to import than all else
+        from hardware.parallel import Processes  # here, because it takes longer to import than all else
 
         processes = Processes()
         processes.hear_together()

@@ -28,11 +28,12 @@ from tqdm import tqdm
 from bench.limits import decode_bytes, matrix_throughput, prefill_operations, read_bandwidth
 from bench.shapes import SHAPES, checkpoint_of
 from bench.worker import LIBRARIES, PEERS, PICTURE, QUESTION, SECOND, prompt
-from config import LlavaConfig
-from device import choose_device
+from hardware.device import choose_device
 from llava import Llava
-from quantize import GROUPS, replace
 from tokenizer import Tokenizer
+from weights.config import LlavaConfig
+from weights.load import outline
+from weights.quantize import GROUPS
 
 NEW_TOKENS, WORDS = 64, 64
 SCHEMES = [*GROUPS, *(f"{scheme}, compiled" for scheme in GROUPS)]
@@ -111,10 +112,9 @@ def bytes_saved(config, library, size):
     scheme = next((word for word in library.split(", ") if word in GROUPS), None)
     if scheme is None:
         return 0
-    with torch.device("meta"):
-        model = Llava(config)
-        plain = sum(layer.weight.numel() for name, layer in model.language_model.named_modules() if isinstance(layer, torch.nn.Linear))
-        replace(model, scheme)
+    layers = outline(Llava, config).language_model.modules()
+    plain = sum(layer.weight.numel() for layer in layers if isinstance(layer, torch.nn.Linear))
+    model = outline(Llava, config, scheme)
     return plain * size - sum(buffer.nbytes for buffer in model.buffers())
 
 

@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from memory import cache_bytes
+from weights.memory import cache_bytes
 
 
 def fastest(run, device, seconds=1.0):

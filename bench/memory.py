@@ -20,11 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench.shapes import SHAPES, write_configs
-from config import LlavaConfig
 from llava import Llava
-from lora import add_adapter
-from quantize import replace
-from train import prepare
+from train import make_trainable
+from training.lora import add_adapter
+from weights.config import LlavaConfig
+from weights.load import outline
 
 
 class Count(TorchDispatchMode):
@@ -56,10 +56,7 @@ def training_memory(config, stage, checkpointed, rows, tokens, dtype=torch.bfloa
     `rows` conversations of `tokens` tokens, each with one picture. Gradients count as held: with --accumulate they are.
     lora: the rank of the adapter that is trained in place of the language model. scheme: of the language model's weights.
     """
-    with torch.device("meta"):
-        model = Llava(config)
-        if scheme:
-            replace(model, scheme)
+    model = outline(Llava, config, scheme)
     with FakeTensorMode(), Count() as count:
         for name, parameter in list(model.named_parameters()):
             module, _, leaf = name.rpartition(".")
@@ -70,7 +67,7 @@ def training_memory(config, stage, checkpointed, rows, tokens, dtype=torch.bfloa
             setattr(model.get_submodule(module), leaf, torch.empty(buffer.shape, dtype=buffer.dtype))
         if lora:
             add_adapter(model, lora, 2 * lora)
-        parameters, optimizer, autocast = prepare(model, stage, dtype, checkpointed)
+        parameters, optimizer, autocast = make_trainable(model, stage, dtype, checkpointed)
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()  # makes the moments

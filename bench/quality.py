@@ -15,9 +15,9 @@ import torch
 import torch.nn as nn
 
 from chat import Chat
-from quantize import GROUPS, QuantizedLinear, dequantize, plan
 from tiny import marked, world
 from tiny.grade import padded, right
+from weights.quantize import GROUPS, QuantizedLinear, dequantize, plan
 
 PARTS = {
     "vision tower": re.compile(r"vision_tower\..*"),

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from checkpoint import published_name
-from config import VIT_L_14_336, LlavaConfig
 from llava import Llava
+from weights.checkpoint import published_name
+from weights.config import VIT_L_14_336, LlavaConfig
 
 TINY = Path(__file__).parent.parent / "tiny" / "llava"
 SHAPES = {  # hidden size, MLP, layers, heads of the language model

@@ -14,11 +14,13 @@ import torch
 
 from bench.__main__ import Worker
 from bench.shapes import SHAPES, checkpoint_of, write_configs
-from checkpoint import read_headers
-from config import LlavaConfig
-from device import choose_device
-from memory import cache_bytes, weight_bytes
-from quantize import GROUPS
+from hardware.device import choose_device
+from llava import Llava
+from weights.checkpoint import read_headers
+from weights.config import LlavaConfig
+from weights.load import outline
+from weights.memory import cache_bytes, weight_bytes
+from weights.quantize import GROUPS
 
 ANSWER = 512
 
@@ -31,7 +33,7 @@ def sizes(dtype):
             write_configs(shape, Path(folder))
             config = LlavaConfig.from_pretrained(folder)
         for scheme in (None, *GROUPS):
-            weights = weight_bytes(config, dtype, scheme)
+            weights = weight_bytes(outline(Llava, config, scheme), dtype)
             both = weights + cache_bytes(config, dtype, config.features_per_image + ANSWER)
             print(f"| {shape.upper()}, {scheme or str(dtype)[6:]} | {weights / 1e9:.1f} | {both / 1e9:.1f} |")
 
@@ -46,7 +48,7 @@ def measured(shape, schemes, device, dtype):
     for scheme in schemes:
         worker = Worker("ours" if scheme == "none" else f"ours, {scheme}", folder, device, str(dtype)[6:])
         first, each = worker("generate", batch=1, length=0, tokens=32)
-        weights = weight_bytes(config, dtype, None if scheme == "none" else scheme)
+        weights = weight_bytes(outline(Llava, config, None if scheme == "none" else scheme), dtype)
         cells = [weights / 1e9, worker.loaded / 1e9, worker.load, first, 1 / each, worker("memory")[0] / 1e9]
         print(f"| {scheme} | " + " | ".join(f"{cell:.3g}" for cell in cells) + " |", flush=True)
         worker.close()

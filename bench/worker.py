@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from config import LlavaConfig
-from memory import worth_copying
-from quantize import GROUPS
+from weights.config import LlavaConfig
+from weights.load import outline
+from weights.memory import weight_bytes, worth_copying
+from weights.quantize import GROUPS
 
 PICTURE = Path(__file__).parent.parent / "tiny" / "example.png"
 QUESTION, SECOND = "Describe the picture.", "Where is the square?"
@@ -33,11 +34,13 @@ def text_alone(batch, length):
 class Ours:
     def __init__(self, quantize=None):
         from chat import Chat
+        from llava import Llava
 
-        self.loader, self.quantize = Chat, quantize
+        self.model_class, self.loader, self.quantize = Llava, Chat, quantize
 
     def load(self, folder, device, dtype):
-        mapped = not worth_copying(LlavaConfig.from_pretrained(folder), dtype)  # as sample.py does
+        weights = weight_bytes(outline(self.model_class, LlavaConfig.from_pretrained(folder)), dtype)
+        mapped = not worth_copying(weights)  # as sample.py does
         self.chat = self.loader.from_pretrained(folder, device, dtype, self.quantize, mapped)
 
     def generate(self, batch, length, tokens):
@@ -65,10 +68,10 @@ class Ours:
 
 class Compiled(Ours):
     def load(self, folder, device, dtype):
-        from generate import compiled
+        from hardware.step import compiled
 
         super().load(folder, device, dtype)
-        self.chat.model.decode_step = compiled(self.chat.model)
+        self.chat.model.decode_step = compiled(self.chat.model.decode_step, self.chat.model.device)
 
 
 class Transformers:

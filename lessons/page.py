@@ -18,13 +18,13 @@ import torch
 from safetensors.torch import save
 
 import marks
-from checkpoint import checkpoint_folder
-from config import LlavaConfig
 from images import ImageProcessor
 from llava import Llava
 from sample import fail
 from tiny import marked, world
 from tokenizer import SPECIAL_LITERALS, STYLES, TURN_LITERALS, Tokenizer
+from weights.checkpoint import checkpoint_folder
+from weights.config import LlavaConfig
 
 HERE = Path(__file__).parent
 MOST = 12_000_000  # bytes of the page: more is no page that one sends to a friend

@@ -21,9 +21,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 import train
-from checkpoint import save_checkpoint
 from llava import Llava
 from tiny.world import write
+from weights.checkpoint import save_checkpoint
 
 
 def learner(folder):

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
+from convert import convert
 from llava import Llava
-from lora import LAYERS, add_adapter, load_adapter, merge_checkpoint, save_adapter
 from tests.compare import TOLERANCE, relative
+from training.lora import LAYERS, add_adapter, load_adapter, save_adapter
 
 try:
     import peft
@@ -75,7 +76,7 @@ def errors_of(seed, folder):
     save_adapter(ours, folder / "ours", folder / "base", torch.float32)
     with_ours = logits(ours, our_inputs)
     errors["ours in peft"] = relative(with_ours, logits(peft.PeftModel.from_pretrained(theirs(), folder / "ours"), inputs))
-    merge_checkpoint(folder / "base", folder / "ours", folder / "merged")
+    convert(folder / "base", folder / "merged", adapter=folder / "ours")
     errors["merged in transformers"] = relative(with_ours, logits(theirs("merged"), inputs))
 
     settings = their_settings(draw)

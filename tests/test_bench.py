@@ -13,11 +13,11 @@ from bench.__main__ import SPEED, Worker, as_markdown, count_weights, in_turn
 from bench.limits import decode_bytes, prefill_operations
 from bench.memory import training_memory
 from bench.shapes import write_configs
-from config import LlavaConfig
 from llava import Llava
-from lora import add_adapter
 from tests.test_train import forward_pass
-from train import prepare
+from train import make_trainable
+from training.lora import add_adapter
+from weights.config import LlavaConfig
 
 
 @pytest.mark.parametrize("pictures, words", [(1, 20), (0, 200)])
@@ -49,13 +49,14 @@ def test_the_memory_of_training_without_memory_is_that_with_it(width, layers, st
 
     ids = torch.tensor([[config.image_id] * 64 + [5] * (tokens - 64)] * rows)
     model = Llava(config).requires_grad_(False).bfloat16()
-    parameters, _, autocast = prepare(model, stage, torch.bfloat16, checkpointed)
+    parameters, _, autocast = make_trainable(model, stage, torch.bfloat16, checkpointed)
     trained, frozen = sum(parameter.numel() for parameter in parameters), sum(p.numel() for p in model.parameters() if not p.requires_grad)
     pixels = torch.ones(rows, 3, 112, 112)
     assert held - 16 * trained - 2 * frozen == ids.nbytes + pixels.nbytes + 4 * len(parameters)  # AdamW counts steps in 4 bytes each
     loss, expected = forward_pass(model, autocast, ids, pixels)
     expected += loss.nbytes - ids.nbytes * (stage == 2)  # the word embeddings' gradient needs the ids, held already
     expected += 2 * ids.numel() * text.head_dim * (2 * stage) * checkpointed  # RoPE's tables wait, in the blocks' type, unsaved
+    expected += 8 * tokens * checkpointed  # and so do the tokens' slots
     assert saved == expected and peak > held + saved
 
 
@@ -66,12 +67,13 @@ def test_the_memory_of_training_on_quantised_weights_is_that_of_packed_ones(chec
     ids, pixels = torch.tensor([[config.image_id] * 64 + [5] * (tokens - 64)] * rows), torch.ones(rows, 3, 112, 112)
     model = Llava.from_pretrained("tiny/llava", dtype=torch.bfloat16, quantize="int4")
     add_adapter(model, 4, 8)
-    parameters, _, autocast = prepare(model, 2, torch.bfloat16, checkpointed)
+    parameters, _, autocast = make_trainable(model, 2, torch.bfloat16, checkpointed)
     trained, packed = sum(parameter.numel() for parameter in parameters), sum(buffer.nbytes for buffer in model.buffers())
     frozen = sum(parameter.numel() for parameter in model.parameters()) - trained
     assert held == 16 * trained + 2 * frozen + packed + ids.nbytes + pixels.nbytes + 4 * len(parameters)
     loss, expected = forward_pass(model, autocast, ids, pixels)
     expected += loss.nbytes + 2 * ids.numel() * config.text.head_dim * 2 * checkpointed  # the loss, and RoPE's tables as above
+    expected += 8 * tokens * checkpointed
     assert saved == expected and peak > held + saved
 
 

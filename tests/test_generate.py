@@ -345,7 +345,7 @@ def test_the_last_token_alone_leaves_the_same_cache(family):
         caches = [KVCache(model.config.text, len(x), T) for _ in range(2)]
         whole, last = llama(x, padding, cache=caches[0]), llama(x, padding, cache=caches[1], last=True)
         assert last.shape[1] == 1 and relative(last, whole[:, -1:]) <= TOLERANCE
-        for a, b in zip(caches[0].keys + caches[0].values, caches[1].keys + caches[1].values):
+        for a, b in zip(*([t for layer in cache.layers for t in (layer.keys, layer.values)] for cache in caches)):
             assert torch.equal(a, b)
 
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import checkpoint
-import memory
 from chat import Chat
-from checkpoint import our_name
-from config import LlavaConfig
 from llava import Llava
+from weights import checkpoint, memory
+from weights.checkpoint import our_name
+from weights.config import LlavaConfig
+from weights.load import outline
 
 TOKENIZER = Path(__file__).parent / "fixtures" / "tokenizer"
 CONFIG = {
@@ -454,7 +454,8 @@ def test_weights_are_mapped_or_copied(good, monkeypatch, mapped):
 @pytest.mark.parametrize("free, copied", [(10**9, True), (1000, False), (None, False)])
 def test_weights_are_worth_copying_where_they_fit_twice(good, monkeypatch, free, copied):
     monkeypatch.setattr(memory, "free_memory", lambda device: free)
-    assert memory.worth_copying(LlavaConfig.from_pretrained(good), torch.float32) == copied
+    weights = memory.weight_bytes(outline(Llava, LlavaConfig.from_pretrained(good)), torch.float32)
+    assert memory.worth_copying(weights) == copied
 
 
 # A chat is a model, a tokenizer and an image processor that fit together

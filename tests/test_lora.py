@@ -14,24 +14,10 @@ from safetensors.torch import load_file, save_file
 
 import train
 from chat import Chat
+from convert import convert
+from convert import main as convert_command
 from images import ImageProcessor, open_image
 from llava import Llava
-from lora import (
-    CONFIG,
-    LAYERS,
-    WEIGHTS,
-    LoRALinear,
-    adapted,
-    add_adapter,
-    fingerprint,
-    load_adapter,
-    main,
-    merge,
-    merge_checkpoint,
-    refuse_merged,
-    save_adapter,
-)
-from quantize import QuantizedLinear
 from tests.compare import FAMILIES, FIXTURES
 from tests.test_quantize import run as quantise
 from tests.test_sample import sample
@@ -41,6 +27,21 @@ from tiny.mirror import mirrored
 from tiny.mirror import write as write_mirror
 from tiny.world import QUESTIONS, Thing, describe, write
 from tokenizer import Tokenizer
+from training.data import Conversations, collate, encode_conversation
+from training.lora import (
+    CONFIG,
+    LAYERS,
+    WEIGHTS,
+    LoRALinear,
+    adapted,
+    add_adapter,
+    fingerprint,
+    load_adapter,
+    merge,
+    refuse_merged,
+    save_adapter,
+)
+from weights.quantize import QuantizedLinear
 
 BASE = FIXTURES / "llava"
 
@@ -165,23 +166,23 @@ def test_quantised_weights_take_an_adapter_but_no_merging(adapter):
 
 def test_a_merged_checkpoint_is_a_checkpoint_and_is_not_merged_again(adapter, tmp_path):
     folder, expected = adapter
-    merge_checkpoint(BASE, folder, tmp_path / "merged")
+    convert(BASE, tmp_path / "merged", adapter=folder)
     merged = Llava.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert (logits(merged) - expected).abs().max() / expected.abs().max() < 1e-5
     with pytest.raises(ValueError, match="is merged into .* already"):
-        merge_checkpoint(tmp_path / "merged", folder, tmp_path / "twice")
+        convert(tmp_path / "merged", tmp_path / "twice", adapter=folder)
     assert not (tmp_path / "twice").exists()
     refuse_merged(BASE, folder)
-    with pytest.raises(ValueError, match="is there already"):
-        merge_checkpoint(BASE, folder, tmp_path / "merged")
+    with pytest.raises(ValueError, match="merged exists"):
+        convert(BASE, tmp_path / "merged", adapter=folder)
 
 
 def test_the_command_that_merges(adapter, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["lora.py", "merge", str(BASE), str(adapter[0]), str(tmp_path / "merged")])
-    main()
+    monkeypatch.setattr(sys, "argv", ["convert.py", str(BASE), str(tmp_path / "merged"), "--adapter", str(adapter[0])])
+    convert_command()
     assert (tmp_path / "merged" / "model.safetensors").is_file()
-    with pytest.raises(SystemExit, match="lora.py: .*merged is there already"):
-        main()
+    with pytest.raises(SystemExit, match="convert.py: .*merged exists"):
+        convert_command()
 
 
 @pytest.mark.parametrize("rank, alpha, dropout", [(0, 2, 0.0), (-1, 2, 0.0), (1.5, 2, 0.0), (2, 0, 0.0), (2, 2, 1.0)])
@@ -312,8 +313,8 @@ def test_an_adapter_of_quantised_weights_learns_and_leaves_them_as_they_are(on_i
     assert not torch.equal(fresh.projector.linear_1.weight, trained.projector.linear_1.weight)
 
     tokenizer, processor, P = Tokenizer.from_pretrained(TINY), ImageProcessor.from_pretrained(TINY), fresh.config.features_per_image
-    data = train.Conversations(folder / "instruct.json", folder, tokenizer, "llava", 512, P)
-    ids, labels, pixels = train.collate([data[n] for n in range(12)], processor, tokenizer.image_id, tokenizer.pad_id, P, False)
+    data = Conversations(folder / "instruct.json", folder, tokenizer, "llava", 512, P)
+    ids, labels, pixels = collate([data[n] for n in range(12)], processor, tokenizer.image_id, tokenizer.pad_id, P, False)
     with torch.no_grad():
         losses = [model(ids, pixels, labels=labels).loss.item() for model in (fresh, trained)]
     assert losses[1] < losses[0] / 10, losses
@@ -333,7 +334,7 @@ def test_an_adapter_of_quantised_weights_is_used_as_it_was_trained(on_int4):
 
 def test_a_checkpoint_that_is_quantised_already_trains_the_same_adapter(on_int4, monkeypatch, tmp_path):
     _, data = on_int4
-    quantise([TINY, str(tmp_path / "int4"), "--to", "int4"])
+    quantise([TINY, str(tmp_path / "int4"), "--quantize", "int4"])
     run(monkeypatch, data, tmp_path / "out", *QLORA, model=tmp_path / "int4")
     one, other = (load_file(folder / "out" / WEIGHTS) for folder in (data, tmp_path))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
@@ -342,7 +343,7 @@ def test_a_checkpoint_that_is_quantised_already_trains_the_same_adapter(on_int4,
     with pytest.raises(SystemExit, match="int4 is quantised already, to int4"):
         run(monkeypatch, data, tmp_path / "twice", *QLORA, "--quantize", "int8", model=tmp_path / "int4")
     with pytest.raises(ValueError, match="is a QuantizedLinear: on the coarse grid"):
-        merge_checkpoint(tmp_path / "int4", tmp_path / "out", tmp_path / "merged")
+        convert(tmp_path / "int4", tmp_path / "merged", adapter=tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -398,5 +399,5 @@ def test_mirror_data_fits_the_context(tmp_path):
     write_mirror(tmp_path, 12, seed=0)
     records = json.loads((tmp_path / "instruct.json").read_text())
     tokenizer = Tokenizer.from_pretrained(TINY)
-    lengths = [len(train.encode_conversation(record, tokenizer, "llava")[0]) + 63 for record in records]
+    lengths = [len(encode_conversation(record, tokenizer, "llava")[0]) + 63 for record in records]
     assert len(records) == 12 and max(lengths) <= 512

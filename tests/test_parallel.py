@@ -22,13 +22,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sample
 from bench.parallel import peak
-from checkpoint import save_checkpoint
-from config import LlavaConfig
+from hardware.parallel import Processes, check_size, split
 from llama import KVCache
 from llava import Llava
-from parallel import Processes, check_size, split
 from tests.compare import FAMILIES, FIXTURES, relative
 from tests.test_sample import ROOT, asked
+from weights.checkpoint import save_checkpoint
+from weights.config import LlavaConfig
 
 CASES = [(family, size) for family in FAMILIES for size in (2, 4)]
 
@@ -86,7 +86,7 @@ def compare(family, mesh):
         result[name] = counts.get("all_reduce", 0), counts.get("all_gather_into_tensor", 0)
     depth = whole.config.vision.num_hidden_layers
     result["blocks"] = max(layer % (depth + 1) for layer in whole.config.vision_layers), len(whole.language_model.layers)
-    result["heads"] = cache.keys[0].shape[1]
+    result["heads"] = cache.layers[0].keys.shape[1]
     numel = lambda parameters: sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters)
     result["own"] = numel(model.parameters())
     result["share"] = numel(p for p in model.parameters() if p.ndim == 2) / numel(p for p in whole.parameters() if p.ndim == 2)

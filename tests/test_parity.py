@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from config import VIP_LAYERS, LlavaConfig, text_config, vision_config
 from llama import KVCache
 from llava import Llava
 from tests.compare import FAMILIES, FIXTURES, TOLERANCE, greedy_tokens, load, one_id_per_image, relative, stage_errors
+from weights.config import VIP_LAYERS, LlavaConfig, text_config, vision_config
 
 
 def within(errors, tolerance=TOLERANCE):

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from bench.__main__ import as_markdown as speed_table
 from bench.memory import training_memory
 from bench.shapes import write_configs
-from config import LlavaConfig
 from tiny.grade import as_markdown
 from tiny.world import QUESTIONS, example, make_scene
+from weights.config import LlavaConfig
 
 README = Path("README.md").read_text(encoding="utf-8")
 FILES = re.findall(r"^\| `([\w/]+\.py)` \| .+ \|$", README, re.M)

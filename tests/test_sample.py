@@ -278,7 +278,7 @@ def test_a_chat_goes_on_when_memory_runs_out(monkeypatch, capsys):
     def too_much(cache, length):
         if not asked:
             asked.append(length)
-            cache.keys[0] = cache.keys[0][:, :, :1]  # half way
+            cache.layers[0].keys = cache.layers[0].keys[:, :, :1]  # half way
             raise torch.OutOfMemoryError("CUDA out of memory")
         grow(cache, length)
 

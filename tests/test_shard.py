@@ -13,10 +13,10 @@ import torch.multiprocessing as multiprocessing
 from safetensors.torch import load_file
 
 import train
-from checkpoint import save_checkpoint
-from config import LlavaConfig
 from llava import Llava
 from tiny.world import write
+from weights.checkpoint import save_checkpoint
+from weights.config import LlavaConfig
 
 ALIGNING, BFLOAT16 = ("--stage", "1"), ("--dtype", "bfloat16", "--checkpoint-activations")
 ADAPTER, ON_INT8 = ("--lora", "4"), ("--lora", "4", "--quantize", "int8")

@@ -1,6 +1,8 @@
 """The decode step: the same tokens in every form it can run in."""
 
+import gc
 import shutil
+import weakref
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -14,10 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import generate
 import llama
-from generate import WholeBlocks, compiled, one_behind, run_step
-from llama import KVCache
+from hardware import gpu, step
+from hardware.cpu import PaddedLinear
+from hardware.step import compiled, fastest, one_behind
+from llama import KVCache, attention
+from llava import Llava
 from tests.compare import FAMILIES, FIXTURES, load
 from tests.test_generate import generated, prompt
+from weights.load import one_query_apart, suit
 
 ALL = dict(temperature=0.0, top_k=None, top_p=None)
 COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
@@ -39,7 +45,7 @@ def test_compiled_gives_the_same_tokens(family, backend):
     model, reference = load(family)
     expected = generated(model, prompt(reference), max_new_tokens=40)
     if backend == "inductor":
-        model.decode_step = compiled(model)
+        model.decode_step = compiled(model.decode_step, model.device)
     else:
         model.decode_step = torch.compile(model.decode_step, fullgraph=True, dynamic=False, backend=backend)
     assert torch.equal(generated(model, prompt(reference), max_new_tokens=40), expected)
@@ -50,7 +56,7 @@ def test_more_cache_sizes_than_the_compiler_keeps_by_default(monkeypatch):
     model, reference = load("llava")
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda step, options, **more: compile(step, backend="eager", **more))
-    model.decode_step = compiled(model)
+    model.decode_step = compiled(model.decode_step, model.device)
     ids = reference["text_ids"]
     for size in range(20, 30):
         cache = KVCache(model.config.text, 1, size)
@@ -58,13 +64,13 @@ def test_more_cache_sizes_than_the_compiler_keeps_by_default(monkeypatch):
 
 
 def captured_generation(model, reference, device):
-    """Twice the same prompt in one cache, the second time by what the first one captured: (tokens, graph) of each."""
+    """Twice the same prompt in one cache, the second time by what the first one captured: (tokens, what is captured) of each."""
     inputs = {name: value.to(device) for name, value in prompt(reference).items()}
     rows, length = inputs["attention_mask"].shape
     cache = KVCache(model.config.text, rows, length + 60, device)
     for _ in range(2):
         cache.truncate(0)
-        yield generated(model, inputs, max_new_tokens=40, cache=cache), cache.graph
+        yield generated(model, inputs, max_new_tokens=40, cache=cache), step._graphs.get(cache)
 
 
 @GPU
@@ -75,7 +81,7 @@ def test_a_captured_step_gives_the_same_tokens(family, tuned):
     expected = generated(model, prompt(reference), max_new_tokens=40)
     model.to("cuda")
     if tuned:
-        model.decode_step = compiled(model)
+        model.decode_step = compiled(model.decode_step, model.device)
     (first, graph), (second, again) = captured_generation(model, reference, "cuda")
     assert torch.equal(first, expected) and torch.equal(second, expected) and graph is again is not None
 
@@ -93,7 +99,7 @@ class FakeGraph:
 
 @pytest.fixture
 def fake_cuda(monkeypatch):
-    """torch.cuda as far as generate.Graph uses it. Notes the streams of captures and how often a step really ran."""
+    """torch.cuda as far as step.Graph uses it, and a CPU's steps captured as if on CUDA. Notes the streams of captures."""
     log = SimpleNamespace(streams=[], capturing=None)
 
     @contextmanager
@@ -120,14 +126,14 @@ def recorded(model, log):
     """The model's decode step, which a fake capture records with the very tensors it was called with."""
     real = model.decode_step
 
-    def step(token, alive, cache):
+    def decode_step(token, alive, cache):
         if log.capturing is None:
             return real(token, alive, cache)
         result = torch.zeros(len(token), model.config.text.vocab_size)
         log.capturing.calls.append((lambda: real(token, alive, cache), result))
         return result
 
-    return step
+    return decode_step
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -136,36 +142,43 @@ def test_what_is_captured_is_replayed_with_new_tokens(family, fake_cuda, monkeyp
     model, reference = load(family)
     expected = generated(model, prompt(reference), max_new_tokens=40)
     model.decode_step = recorded(model, fake_cuda)
-    monkeypatch.setattr(generate, "run_step", graph_step)
+    monkeypatch.setattr(generate, "fastest", step.captured)
     (first, graph), (second, again) = captured_generation(model, reference, "cpu")
     assert torch.equal(first, expected) and torch.equal(second, expected) and graph is again
     assert len(fake_cuda.streams) == 1 and fake_cuda.streams[0] is not None
 
 
-def graph_step(model, token, alive, cache):
-    """run_step's branch for CUDA."""
-    if cache.graph is None:
-        cache.graph = generate.Graph(model, token, alive, cache)
-    return cache.graph(token, alive)
-
-
-@pytest.mark.parametrize("change", ["weights", "step"])
+@pytest.mark.parametrize("change", ["weights", "step", "cache"])
 def test_a_graph_of_other_weights_is_captured_anew(change, fake_cuda, monkeypatch):
     model, reference = load("llava")
     model.decode_step = recorded(model, fake_cuda)
-    monkeypatch.setattr(generate, "run_step", graph_step)
+    monkeypatch.setattr(generate, "fastest", step.captured)
     ids, cache = reference["text_ids"], KVCache(model.config.text, 1, 60)
     generated(model, dict(input_ids=ids, cache=cache), max_new_tokens=5)
     if change == "weights":
         model.language_model.norm.weight = torch.nn.Parameter(-model.language_model.norm.weight)
+    elif change == "step":
+        before = model.decode_step
+        model.decode_step = lambda *inputs: -before(*inputs)
     else:
-        step = model.decode_step
-        model.decode_step = lambda *inputs: -step(*inputs)
+        cache.grow(80)
     cache.truncate(0)
     changed = generated(model, dict(input_ids=ids, cache=cache), max_new_tokens=5)
-    cache.graph = None
-    cache.truncate(0)
-    assert torch.equal(changed, generated(model, dict(input_ids=ids, cache=cache), max_new_tokens=5)) and len(fake_cuda.streams) == 3
+    assert len(fake_cuda.streams) == 2
+    other = KVCache(model.config.text, 1, 60)
+    assert torch.equal(changed, generated(model, dict(input_ids=ids, cache=other), max_new_tokens=5)) and len(fake_cuda.streams) == 3
+
+
+def test_a_graph_goes_with_its_cache(fake_cuda):
+    model, _ = load("llava")
+    cache = KVCache(model.config.text, 1, 20)
+    run = step.captured(lambda token, alive, cache: torch.zeros(1, 5), model, cache)
+    run(torch.zeros(1), torch.ones(1))
+    assert cache in step._graphs
+    gone = weakref.ref(cache)
+    del cache, run
+    gc.collect()
+    assert gone() is None
 
 
 class NoReading(TorchDispatchMode):
@@ -236,10 +249,11 @@ class Kernels(TorchDispatchMode):
 
 def test_a_block_has_few_kernels_outside_attention(monkeypatch):
     model, _ = load("llava")
-    monkeypatch.setattr(llama, "attention", lambda q, k, v, mask: q)
     monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight, eps: x * weight)  # one kernel on a GPU; here it would fall into parts
     model.to("meta")
+    suit(model)
     (block, *_), counts = model.language_model.layers, []
+    block.self_attn.attend = lambda q, k, v, mask: q
     token, alive = torch.zeros(1, dtype=torch.long, device="meta"), torch.ones(1, dtype=torch.bool, device="meta")
     for blocks in (1, 2):
         model.language_model.layers = torch.nn.ModuleList([block] * blocks)
@@ -254,19 +268,20 @@ def test_the_two_forms_of_rms_norm_are_the_same():
     norm.weight.data.normal_()
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2**-7), (torch.float16, 2**-10)):
         x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
-        fused = F.rms_norm(x, norm.weight.shape, norm.weight.to(dtype), norm.eps)
         norm.weight.data = norm.weight.data.to(dtype)
-        torch.testing.assert_close(norm(x), fused, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(norm(x), gpu.fused_norm(norm)(x), rtol=tolerance, atol=tolerance)
 
 
 def test_cudnn_attention_is_off_on_a_gpu(monkeypatch):
-    import llava
+    from weights import load as loading
 
-    monkeypatch.setattr(llava, "fill", lambda *arguments, copy: None)
+    monkeypatch.setattr(loading, "fill", lambda model, *arguments, copy: None)
     torch.backends.cuda.enable_cudnn_sdp(True)
     load("llava")
     assert torch.backends.cuda.cudnn_sdp_enabled()
-    llava.Llava.from_pretrained(FIXTURES / "llava", "cuda")
+    monkeypatch.setattr(Llava, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    Llava.from_pretrained(FIXTURES / "llava", "cuda")
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
@@ -332,8 +347,9 @@ def test_rows_of_a_prompt_are_filled_up_in_bfloat16(dtype):
 
 def test_filled_up_rows_compute_the_same():
     x, w, b = (torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16() for shape in ((2, 11, 64), (48, 64), (48,)))
-    with WholeBlocks():
-        torch.testing.assert_close(F.linear(x, w, b), x @ w.T + b, rtol=0.02, atol=0.02)
+    layer = torch.nn.Linear(64, 48, device="meta")
+    layer.weight, layer.bias = torch.nn.Parameter(w), torch.nn.Parameter(b)
+    torch.testing.assert_close(PaddedLinear(layer)(x), x @ w.T + b, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -343,11 +359,14 @@ def test_the_other_kernels_compute_the_same(family, rows):
     mask = reference["attention_mask"][:rows].bool()
     token, alive = torch.arange(5, 5 + rows), torch.ones(rows, dtype=torch.bool)
     logits = []
-    for step in (model.decode_step, partial(run_step, model)):
+    for fast in (False, True):
         cache = KVCache(model.config.text, rows, mask.shape[1] + 5, dtype=torch.bfloat16)
         with torch.no_grad():
             model(inputs_embeds=model.language_model.embed(reference["input_ids"][:rows]), attention_mask=mask, cache=cache)
-            logits.append(step(token, alive, cache))
+            for block in model.language_model.layers:
+                block.self_attn.attend = one_query_apart if fast else attention
+            run = fastest(model.decode_step, model, cache) if fast else partial(model.decode_step, cache=cache)
+            logits.append(run(token, alive))
     assert 0 < (logits[0] - logits[1]).abs().max() < 0.02 * logits[0].abs().max()
 
 

@@ -12,11 +12,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train
-from checkpoint import save_checkpoint
 from images import ImageProcessor
 from llava import Llava
 from tiny.world import write
 from tokenizer import Tokenizer, chat_prompt
+from training import data as training_data
+from training.data import Conversations, collate, make_batches
+from weights.checkpoint import save_checkpoint
 
 TINY = "tiny/llava"
 
@@ -42,7 +44,7 @@ def record(*values):
 def test_labels_are_the_assistants_words_and_the_end_mark():
     tokenizer = Tokenizer.from_pretrained(TINY)
     said = ("<image>\nWhere is the star?", "At the top.", "What colour is it?", "Red.")
-    ids, labels = train.encode_conversation(record(*said), tokenizer, "llava")
+    ids, labels = training_data.encode_conversation(record(*said), tokenizer, "llava")
     assert tokenizer.decode([i for i in labels if i != train.IGNORED]) == "At the top. Red."
     assert [i for i in labels if i == tokenizer.eos_id] == [tokenizer.eos_id] * 2
     assert all(label in (train.IGNORED, i) for i, label in zip(ids, labels, strict=True))
@@ -57,7 +59,7 @@ def test_a_conversation_is_encoded_as_it_will_be_read(style):
     messages = [{"role": "user", "content": parts}] + [
         {"role": role, "content": text} for role, text in zip(("assistant", "user", "assistant"), said[1:])
     ]
-    ids, _ = train.encode_conversation(record(*said), tokenizer, style)
+    ids, _ = training_data.encode_conversation(record(*said), tokenizer, style)
     assert ids == tokenizer.encode(chat_prompt(messages, style))
 
 
@@ -67,7 +69,7 @@ def test_a_conversation_is_encoded_as_it_will_be_read(style):
 )
 def test_a_record_that_is_no_conversation_is_an_error(bad):
     with pytest.raises(ValueError):
-        train.encode_conversation(bad, Tokenizer.from_pretrained(TINY), "llava")
+        training_data.encode_conversation(bad, Tokenizer.from_pretrained(TINY), "llava")
 
 
 def test_records_that_cannot_be_used_are_left_out_and_counted(tmp_path, capsys):
@@ -76,7 +78,7 @@ def test_records_that_cannot_be_used_are_left_out_and_counted(tmp_path, capsys):
     cut = {**record("Tell me.", "At the top. " * 80, "<image>\nWhere?", "Left."), "id": "before its picture"}
     damaged = [cut, {}, 3, {"conversations": [{"from": "human"}]}, {"conversations": None}, {**good, "image": ["x.png"]}]
     (tmp_path / "data.json").write_text(json.dumps([good, without_answer, no_picture, *damaged]))
-    data = train.Conversations(tmp_path / "data.json", tmp_path, Tokenizer.from_pretrained(TINY), "llava", 200, 64)
+    data = Conversations(tmp_path / "data.json", tmp_path, Tokenizer.from_pretrained(TINY), "llava", 200, 64)
     assert len(data) == 1
     assert "8 records left out" in capsys.readouterr().err
 
@@ -85,17 +87,17 @@ def test_records_that_cannot_be_used_are_left_out_and_counted(tmp_path, capsys):
 def test_a_data_file_that_is_none(content, message, tmp_path):
     (tmp_path / "data.json").write_text(content)
     with pytest.raises(ValueError, match=message):
-        train.Conversations(tmp_path / "data.json", tmp_path, Tokenizer.from_pretrained(TINY), "llava", 200, 64)
+        Conversations(tmp_path / "data.json", tmp_path, Tokenizer.from_pretrained(TINY), "llava", 200, 64)
 
 
 def test_padding_on_the_right_changes_no_loss():
     tokenizer, processor = Tokenizer.from_pretrained(TINY), ImageProcessor.from_pretrained(TINY)
     model = Llava.from_pretrained(TINY, dtype=torch.float32)
-    short = (*train.encode_conversation(record("How many?", "Two."), tokenizer, "llava"), None)
-    long = (*train.encode_conversation(record("How many are there?", "A large red star at the top."), tokenizer, "llava"), None)
+    short = (*training_data.encode_conversation(record("How many?", "Two."), tokenizer, "llava"), None)
+    long = (*training_data.encode_conversation(record("How many are there?", "A large red star at the top."), tokenizer, "llava"), None)
 
     def loss(*examples):
-        ids, labels, _ = train.collate(examples, processor, tokenizer.image_id, tokenizer.pad_id, 64, pad=False)
+        ids, labels, _ = collate(examples, processor, tokenizer.image_id, tokenizer.pad_id, 64, pad=False)
         return model(ids, labels=labels).loss * (labels[:, 1:] != train.IGNORED).sum()
 
     torch.testing.assert_close(loss(short, long), loss(short) + loss(long), rtol=1e-5, atol=0)
@@ -103,7 +105,7 @@ def test_padding_on_the_right_changes_no_loss():
 
 def test_each_example_is_seen_once_an_epoch_and_near_its_like():
     lengths = [7 * n % 50 for n in range(100)]
-    batches = train.make_batches(lengths, 4, epochs=3, seed=0)
+    batches = make_batches(lengths, 4, epochs=3, seed=0)
     assert sorted(i for batch in batches for i in batch) == sorted([*range(100)] * 3)
     assert batches[:25] != batches[25:50]
     spread = [max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in batches]
@@ -150,7 +152,7 @@ def test_checkpointed_activations_are_fewer_and_change_nothing(stage, dtype):
     results, sizes = [], []
     for checkpointed in (False, True):
         model = Llava.from_pretrained(TINY)
-        parameters, _, autocast = train.prepare(model, stage, dtype, checkpointed)
+        parameters, _, autocast = train.make_trainable(model, stage, dtype, checkpointed)
         ids, pixels = torch.tensor([[model.config.image_id, *range(5, 40)]] * 2), torch.ones(2, 3, 112, 112)
         loss, size = forward_pass(model, autocast, ids, pixels)
         loss.backward()
@@ -166,11 +168,11 @@ def test_activations_are_checkpointed_when_asked_for_or_the_model_is_large(optio
     class Asked(Exception):
         pass
 
-    def prepare(model, stage, dtype, checkpoint_activations, *processes):
+    def make_trainable(model, stage, dtype, checkpoint_activations, *processes):
         assert checkpoint_activations == (expected or large and not options)
         raise Asked
 
-    monkeypatch.setattr(train, "prepare", prepare)
+    monkeypatch.setattr(train, "make_trainable", make_trainable)
     if large:
         monkeypatch.setattr(train, "LARGE", 3e6)  # the bundled model has 3.1 million
     with pytest.raises(Asked):
@@ -189,9 +191,9 @@ def test_held_out_losses_are_reported_and_change_nothing(monkeypatch, data, tmp_
     assert all(plain[name].equal(watched[name]) for name in plain)
 
     model, tokenizer = Llava.from_pretrained(tmp_path / "plain", dtype=torch.float32), Tokenizer.from_pretrained(TINY)
-    examples = train.Conversations(held_out, data, tokenizer, "llava", 512, 64)
+    examples = Conversations(held_out, data, tokenizer, "llava", 512, 64)
     examples = [examples[n] for n in range(len(examples))]
-    ids, labels, pixels = train.collate(examples, ImageProcessor.from_pretrained(TINY), tokenizer.image_id, tokenizer.pad_id, 64, False)
+    ids, labels, pixels = collate(examples, ImageProcessor.from_pretrained(TINY), tokenizer.image_id, tokenizer.pad_id, 64, False)
     with torch.no_grad():
         expected = model(ids, pixels, labels=labels).loss.item()
     assert abs(float(reported) - expected) < 2e-3  # the saved weights are rounded to 16 bits
@@ -321,7 +323,7 @@ def test_text_and_pictures_in_one_batch(monkeypatch, tmp_path):
     write(tmp_path, 2, seed=5)
     records = json.loads((tmp_path / "instruct.json").read_text())
     text = {"conversations": [{"from": "human", "value": "What? " * 150}, {"from": "gpt", "value": "Red. " * 20}]}
-    long = train.encode_conversation(text, Tokenizer.from_pretrained(TINY), "llava")[0]
+    long = training_data.encode_conversation(text, Tokenizer.from_pretrained(TINY), "llava")[0]
     assert 300 < len(long) <= 512 < len(long) + 220  # with the features of a picture as padding it would not fit
     (tmp_path / "instruct.json").write_text(json.dumps([*records, text, text]))
     run(monkeypatch, tmp_path, tmp_path / "out", "--batch-size", "4")

@@ -17,9 +17,9 @@ import torch
 from tqdm import tqdm
 
 from chat import Chat
-from lora import load_adapter
 from tiny.grade import as_markdown, commonest, right, table
 from tiny.world import QUESTIONS, conversation, draw, llava_record, make_scene
+from training.lora import load_adapter
 
 ASK = " In a mirror."
 

@@ -24,9 +24,7 @@ import torch.nn.functional as F
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tqdm import tqdm
 
-from checkpoint import save_checkpoint
 from clip import CLIPVision, CLIPVisionConfig
-from config import LlavaConfig
 from images import ImageProcessor
 from llama import Llama, LlamaConfig
 from llava import Llava
@@ -36,7 +34,10 @@ from tiny.marked import conversation as marked_conversation
 from tiny.marked import marked_scene, picture
 from tiny.world import COLOURS, KINDS, SIDE, SIZES, conversation, describe, draw, is_held_out, llava_record, make_scene
 from tokenizer import Tokenizer, chat_prompt
-from train import collate, encode_conversation, learning_rate
+from train import learning_rate
+from training.data import collate, encode_conversation
+from weights.checkpoint import save_checkpoint
+from weights.config import LlavaConfig
 
 PIECES = 510  # of the SentencePiece model; <image> and <pad> make it 512
 VISION = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=5, num_attention_heads=4, image_size=SIDE, patch_size=14)

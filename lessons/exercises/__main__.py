@@ -6,6 +6,7 @@ What you wrote in lessons/exercises/e1_….py takes the place of the real functi
 import argparse
 import sys
 from importlib import import_module
+from pkgutil import resolve_name
 
 import pytest
 
@@ -27,7 +28,7 @@ EXERCISES = {
     7: ("e7_mask", {"visible": "llama.visible"}, [STAGES, "tests/test_parity.py::test_padded_row_equals_the_row_alone"]),
     8: (
         "e8_cache",
-        {"take": "llama.KVCache.take", "write": "llama.KVCache.write"},
+        {"take": "llama.KVCache.take", "update": "llama.LayerCache.update"},
         [
             "tests/test_parity.py::test_cache_changes_nothing_at_any_step",
             "tests/test_parity.py::test_prompt_in_two_pieces",
@@ -36,7 +37,7 @@ EXERCISES = {
     ),
     9: (
         "e9_prompt",
-        {"encode_conversation": "train.encode_conversation"},
+        {"encode_conversation": "training.data.encode_conversation"},
         [
             "tests/test_train.py::test_labels_are_the_assistants_words_and_the_end_mark",
             "tests/test_train.py::test_a_conversation_is_encoded_as_it_will_be_read",
@@ -66,7 +67,7 @@ EXERCISES = {
     ),
     12: (
         "e12_int4",
-        {name: f"quantize.{name}" for name in ("quantize_int4", "pack", "unpack")},
+        {name: f"weights.quantize.{name}" for name in ("quantize_int4", "pack", "unpack")},
         ["tests/test_quantize.py", "-k", "steps or rounding or packing or multiply or unpacked"],
     ),
 }
@@ -74,11 +75,8 @@ EXERCISES = {
 
 def place_of(name):
     """The owner and the attribute that a name like "llama.KVCache.take" stands for."""
-    owner, *path, attribute = name.split(".")
-    owner = import_module(owner)
-    for step in path:
-        owner = getattr(owner, step)
-    return owner, attribute
+    path, attribute = name.rsplit(".", 1)
+    return resolve_name(path), attribute
 
 
 def replace(number, solution=False):

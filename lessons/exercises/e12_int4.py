@@ -12,7 +12,7 @@ Two q go into a byte. Of each R rows that are packed together, the first half ha
 ones, and a byte's neighbours are those of the other rows in the same column, because that is how a CPU's vector
 instructions want them: byte [i, k, j] holds q[i · R + j, k] + 16 · q[i · R + R / 2 + j, k].
 
-`quantize_int4`, `pack` and `unpack` become those of quantize.py.
+`quantize_int4`, `pack` and `unpack` become those of weights/quantize.py.
 """
 
 

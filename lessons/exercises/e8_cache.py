@@ -5,11 +5,11 @@ The memory is allocated once; the tokens of one forward pass take the next slots
 padding among them, and the cache remembers which slots hold real tokens. Positions count real tokens only: a row that was
 padded by three starts at position 0 all the same. (What padding gets as a position does not matter, but 0 is the least.)
 
-`take` becomes `llama.KVCache.take`, called once in a forward pass; `write` becomes `llama.KVCache.write`, called by each
-layer. `self` has
-    keys, values    of each layer a tensor (B, K, S, E)
+`take` becomes `llama.KVCache.take`, called once in a forward pass. There `self` has
     real            (B, S) bool, False for padding and for slots not yet taken
     length          a tensor without dimensions: how many slots are taken
+`update` becomes `llama.LayerCache.update`, called by each layer. There `self` has
+    keys, values    (B, K, S, E) each
 All of them are changed in place (`index_copy_`, `+=` …): a decode step that was captured reads these very tensors. For the
 same reason no number may be read from them on the way (no int(self.length)).
 """
@@ -21,6 +21,7 @@ def take(self, attention_mask):
     raise NotImplementedError("exercise 8: take the next slots")
 
 
-def write(self, layer, slots, keys, values):
-    """keys, values: (B, K, T, E), the new ones of this layer. Returns all of the layer's keys and values, (B, K, S, E)."""
+def update(self, k, v, slots, seen):
+    """k, v: (B, K, T, E), the new tokens' keys and values; slots: (T,), where they belong. Returns the keys and the values of the
+    layer's first `seen` slots, (B, K, seen, E) each."""
     raise NotImplementedError("exercise 8: write keys and values to their slots")

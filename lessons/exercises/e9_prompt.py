@@ -10,7 +10,7 @@ is a part {"type": "image"} of the content, not text). `tokenizer.encode` makes 
 
 The ids have to be those of the whole conversation, as it will be read in chat: `tokenizer.encode(chat_prompt(messages, style))`.
 
-`encode_conversation` becomes `train.encode_conversation`.
+`encode_conversation` becomes `training.data.encode_conversation`.
 """
 
 

@@ -38,7 +38,7 @@ HINTS = {
     8: (
         "The new slots are length, length + 1 …; as a tensor: self.length + torch.arange(T).",
         "A position is the number of real tokens before: those in the cache, plus a cumulative sum over the new mask, minus 1.",
-        "index_copy_(1, slots, attention_mask) for real, index_copy_(2, slots, keys) for a layer's keys.",
+        "index_copy_(1, slots, attention_mask) for real, index_copy_(2, slots, k) for a layer's keys.",
     ),
     9: (
         "Build the messages turn by turn, and write the conversation out after each: what has been added is the turn.",

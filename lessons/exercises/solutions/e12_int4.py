@@ -2,7 +2,7 @@
 
 import torch
 
-from quantize import TINY
+from weights.quantize import TINY
 
 
 def quantize_int4(weight, group):

@@ -12,7 +12,7 @@ def take(self, attention_mask):
     return slots, (before + attention_mask.cumsum(1) - 1).clamp(min=0)
 
 
-def write(self, layer, slots, keys, values):
-    self.keys[layer][:, :, slots] = keys
-    self.values[layer][:, :, slots] = values
-    return self.keys[layer], self.values[layer]
+def update(self, k, v, slots, seen):
+    self.keys[:, :, slots] = k
+    self.values[:, :, slots] = v
+    return self.keys[:, :, :seen], self.values[:, :, :seen]

@@ -5,15 +5,12 @@ same defaults (`CLIPVisionConfig` and `LlamaConfig` stand beside the towers they
 says which values fit a field; `check` holds a part against its table.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-import torch
-
-from checkpoint import read_json
 from clip import CLIPVisionConfig
 from llama import LlamaConfig
-from quantize import GROUPS
+from weights.checkpoint import read_json
 
 # What published files leave out: LLaVA's vision tower, which of its layers ViP-LLaVA reads, in this order, and what a Mistral
 # has where a Llama has something else.
@@ -80,9 +77,9 @@ LLAVA = {
     "pad_token_id": optional(TOKEN),
     "quantization_config": (
         lambda value: (
-            value is None or isinstance(value, dict) and value.get("quant_method") == "llava.py" and str(value.get("scheme")) in GROUPS
+            value is None or isinstance(value, dict) and value.get("quant_method") == "llava.py" and isinstance(value.get("scheme"), str)
         ),
-        "none, or one that quantize.py has written; take the checkpoint in 16 bits, and --quantize",
+        "none, or one that convert.py has written; take the checkpoint in 16 bits, and --quantize",
     ),
 }
 
@@ -139,7 +136,7 @@ class LlavaConfig:
     image_id: int
     pad_id: int
     eos_ids: tuple[int, ...]
-    quantized: str | None = None  # the scheme of quantize.py that the weights are stored in; None: in 16 or 32 bits
+    quantized: str | None = None  # the scheme (weights/quantize.py) that the weights are stored in; None: in 16 or 32 bits
 
     @property
     def features_per_image(self):
@@ -205,23 +202,3 @@ class LlavaConfig:
             eos_ids=eos_ids,
             quantized=(raw.get("quantization_config") or {}).get("scheme"),
         )
-
-    def as_stored(self, stored):
-        """The same, corrected by the weights themselves where config.json is stale. stored: {our name: Stored}.
-
-        Raises ValueError if `<image>` has no row in the vocabulary (the defaults alone, without a checkpoint, are such).
-        """
-        config = self
-        if self.image_id >= self.text.vocab_size:
-            raise ValueError(f"image_token_index is {self.image_id}; the vocabulary has {self.text.vocab_size} rows")
-        # ViP-7B's published config says `vision_feature_layer: -2`, but its projector has the width of five layers.
-        projector = stored.get("projector.linear_1.weight")
-        five = projector is not None and projector.shape[-1:] == (len(VIP_LAYERS) * self.vision.hidden_size,)
-        if self.style == "vip" and len(self.vision_layers) == 1 and five:
-            config = replace(config, vision_layers=list(VIP_LAYERS))
-        # A tied checkpoint may store its head too; it is tied only if the two are equal, as in transformers.
-        head, embeddings = (stored.get(f"language_model.{name}.weight") for name in ("lm_head", "embed_tokens"))
-        if self.text.tie_word_embeddings and head and embeddings:
-            tied = (head.shape, head.kind) == (embeddings.shape, embeddings.kind) and torch.equal(head.read(), embeddings.read())
-            config = replace(config, text=replace(config.text, tie_word_embeddings=tied))
-        return config

@@ -12,16 +12,11 @@ largest weight. (Jacob et al. 2018, https://arxiv.org/abs/1712.05877, equation 1
 channel: Krishnamoorthi 2018, https://arxiv.org/abs/1806.08342, section 3.) Rounding to a grid of step s errs by at most s / 2, and
 by s / √12 in the mean square. Scales and zeros are kept in bfloat16, and rounded before q is, so q is the best for them.
 
-    python quantize.py llava-1.5-7b-hf llava-1.5-7b-int4 --to int4     # write a quantised checkpoint
-
 Shapes: N outputs of a layer, K inputs, M rows that it is applied to, R rows of weights that are packed together.
 """
 
-import argparse
-import sys
 from functools import cache, partial
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -230,7 +225,7 @@ def plan(model, scheme):
     return schemes
 
 
-def replace(model, scheme):
+def put_quantized(model, scheme):
     """Put empty quantised layers in the places of linear ones."""
     for name, of_layer in plan(model, scheme).items():
         layer = model.get_submodule(name)
@@ -240,34 +235,3 @@ def replace(model, scheme):
 def quantizers(model, scheme):
     """{name of a weight: the function that makes of it what takes its layer's place}, for checkpoint.fill."""
     return {f"{name}.weight": partial(QuantizedLinear.of, scheme=of_layer) for name, of_layer in plan(model, scheme).items()}
-
-
-def main():
-    from checkpoint import checkpoint_folder, published_name, write_checkpoint
-    from llava import Llava
-
-    parser = argparse.ArgumentParser(description="Write a quantised checkpoint: the language model in 8 or 4 bits.")
-    parser.add_argument("source", metavar="IN", help="checkpoint folder, or name on the Hugging Face hub")
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder to be made")
-    parser.add_argument("--to", required=True, choices=GROUPS, help="int4-32 and int4-128: with groups of 32 and 128 in place of 64")
-    args = parser.parse_args()
-    try:
-        if args.out.exists():
-            raise ValueError(f"{args.out} exists; give a folder that does not")
-        folder = checkpoint_folder(args.source)
-        model = Llava.from_pretrained(folder, quantize=args.to)
-        tensors = {published_name(name): parameter for name, parameter in model.named_parameters()}
-        for name, layer in model.named_modules():
-            if isinstance(layer, QuantizedLinear):
-                tensors |= {published_name(f"{name}.weight"): layer.packed(2), published_name(f"{name}.scales"): layer.scales}
-        partial = args.out.with_name(f"{args.out.name}.partial")  # put in place when whole
-        write_checkpoint(tensors, folder, partial, FILE, {"quantization_config": {"quant_method": "llava.py", "scheme": args.to}})
-        partial.rename(args.out)
-    except (ValueError, OSError) as error:
-        sys.exit(f"quantize.py: {error}")
-
-
-if __name__ == "__main__":
-    from quantize import main  # the module that llava.py imports, not a second one
-
-    main()

@@ -28,7 +28,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from device import choose_device
+from hardware.device import choose_device
 
 # By output (nn.Linear's weight is (out, in), so these are its rows) or by input; linear maps alone, all else is everywhere.
 PLAN = {
@@ -166,7 +166,6 @@ class Processes:
             raise ValueError(f"{here} processes want a GPU each, and PyTorch sees {there}; use --nproc-per-node {there}")
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-        torch.backends.cuda.enable_cudnn_sdp(False)  # as in Llava.from_pretrained, which reads onto the CPU here
         return device
 
     def split(self, model, device, dtype):

@@ -3,7 +3,7 @@ matrix a small change to it is learnt. A 7B that wants 109 GB to be trained in f
 
     python train.py --stage 2 --lora 16 --model MODEL --data … --images … --out ADAPTER     # train one
     python sample.py --model MODEL --adapter ADAPTER "What is this?"                        # use it
-    python lora.py merge MODEL ADAPTER OUT                                                  # a checkpoint like any other
+    python convert.py MODEL OUT --adapter ADAPTER                                           # a checkpoint like any other
 
 An adapter is stored as PEFT stores it, with the projector, which is trained whole, in the same file: PEFT's
 `modules_to_save`. So `peft` reads ours onto the model of `transformers`, and we read those that it made.
@@ -14,12 +14,8 @@ As no gradient is wanted for the weights themselves, they may be quantised: `--q
 The model knows nothing of this: its linear layers are exchanged for others.
 """
 
-import argparse
 import hashlib
 import json
-import os
-import sys
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -27,9 +23,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from checkpoint import checkpoint_folder, our_name, read_json, save_checkpoint, write_tensors
-from config import REAL, SIZE, check, only
-from llava import Llava
+from weights.checkpoint import checkpoint_folder, our_name, read_json, write_tensors
+from weights.config import REAL, SIZE, check, only
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # all linear layers of a Llama's block
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -185,37 +180,3 @@ def refuse_merged(source, adapter):
     """Raises ValueError if the checkpoint in the folder `source` has this adapter in its weights: it would count twice."""
     if fingerprint(adapter) in read_json(source / "config.json").get("merged_adapters", []):
         raise ValueError(f"{adapter} is merged into {source} already; use that without it")
-
-
-def merge_checkpoint(source, adapter, out):
-    """Write the checkpoint `source` with the adapter merged into its weights to a new folder, whose config.json says so."""
-    source = checkpoint_folder(source)
-    if out.exists():
-        raise ValueError(f"{out} is there already; give the name of a new folder")
-    model = Llava.from_pretrained(source)
-    load_adapter(model, adapter)
-    refuse_merged(source, adapter)
-    merge(model)
-    partial = out.with_name(f"{out.name}.partial")  # put in place when whole
-    save_checkpoint(model, source, partial, model.dtype)
-    config = read_json(partial / "config.json")
-    config["merged_adapters"] = [*config.get("merged_adapters", []), fingerprint(adapter)]
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    os.replace(partial, out)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("action", choices=["merge"])
-    parser.add_argument("model", help="the checkpoint that the adapter is for: a folder or a name on the hub")
-    parser.add_argument("adapter", help="the adapter: a folder or a name on the hub")
-    parser.add_argument("out", type=Path, help="a new folder for the merged checkpoint")
-    args = parser.parse_args()
-    try:
-        merge_checkpoint(args.model, args.adapter, args.out)
-    except (ValueError, OSError) as error:
-        sys.exit(f"lora.py: {error}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,121 @@
+"""The decode step in the form that is fastest on its device, and its results on their way to the host.
+
+A decode step is a function (token, alive, cache) -> logits of fixed shapes, which writes the cache in place and reads nothing
+back. So a GPU can record it once and replay it (`Graph`), and torch.compile can compile it as it stands (`compiled`).
+"""
+
+from functools import partial
+from weakref import WeakKeyDictionary
+
+import torch
+
+from hardware.cpu import onednn
+
+_graphs = WeakKeyDictionary()  # the captured step of each cache; it goes when the cache goes
+
+
+def fastest(step, model, cache):
+    """The decode step as (token, alive) -> logits for a run of steps in this cache. model: the module whose weights the step reads."""
+    device, dtype = cache.length.device.type, cache.dtype
+    if device == "cuda":
+        return captured(step, model, cache)
+    if device == "cpu" and dtype == torch.bfloat16:
+        return partial(without_onednn, step, cache)
+    return partial(step, cache=cache)
+
+
+def without_onednn(step, cache, token, alive):
+    """PyTorch's own kernel for a matrix times a vector reads the matrix 1.3 to 1.8 times as fast as oneDNN's. From two rows on
+    it is the other way round."""
+    with onednn(len(token) > 1):
+        return step(token, alive, cache)
+
+
+def compiled(step, device):
+    """The decode step through torch.compile: up to a minute at the second token for each size of cache, then faster.
+
+    Fused kernels for what lies between the matrix products; on a CPU, what calls them is C++ too, and on CUDA the products of
+    a single row are tuned (`coordinate_descent_tuning`), without which they go to a library that is made for many rows.
+    """
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # a form for each size of cache; 8 by default
+    options = {"cpp_wrapper": True} if torch.device(device).type == "cpu" else {"coordinate_descent_tuning": True}
+    return torch.compile(step, fullgraph=True, dynamic=False, options=options)
+
+
+def captured(step, model, cache):
+    """The step's graph for this cache: the one there is, unless the step is another or a tensor has moved; else a new one."""
+    tensors = [*model.parameters(), *model.buffers(), cache.real, cache.length, *cache.rope]  # quantised weights are buffers
+    tensors += [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    source = step, [tensor.data_ptr() for tensor in tensors]
+    if cache not in _graphs or _graphs[cache].source != source:
+        _graphs[cache] = Graph(source)
+    return partial(_graphs[cache], cache=cache)
+
+
+class Graph:
+    """A decode step captured as a CUDA graph: the host launches all of its kernels as one.
+
+    The graph reads and writes fixed addresses, so it belongs to one cache, and every turn and prompt in that cache replays it.
+    It is captured at the first step.
+    """
+
+    def __init__(self, source):
+        self.source, self.graph = source, None
+
+    def __call__(self, token, alive, cache):
+        if self.graph is None:
+            self.capture(token, alive, cache)
+        self.token.copy_(token)
+        self.alive.copy_(alive)
+        self.graph.replay()
+        return self.logits
+
+    def capture(self, token, alive, cache):
+        step, _ = self.source
+        self.token, self.alive = token.clone(), alive.clone()
+        length, real = cache.length.clone(), cache.real.clone()
+        with torch.cuda.device(token.device):
+            # A first run outside the graph, on a stream of its own: libraries set themselves up, torch.compile compiles.
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                step(self.token, self.alive, cache)
+            torch.cuda.current_stream().wait_stream(stream)
+            cache.length.copy_(length), cache.real.copy_(real)  # as if it had not been; its slot is written again
+            graph = torch.cuda.CUDAGraph()
+            # On this stream, which is on this device: without one PyTorch would take the stream of the process's first capture.
+            with torch.cuda.graph(graph, stream=stream):  # recorded, not run
+                self.logits = step(self.token, self.alive, cache)
+        self.graph = graph
+
+
+class OnItsWay:
+    """A tensor that is being copied to the host while the device goes on."""
+
+    def __init__(self, tensor):
+        self.host, self.event = tensor.to("cpu", non_blocking=tensor.is_cuda), None
+        if tensor.is_cuda:
+            self.event = torch.cuda.current_stream(tensor.device).record_event()
+
+    def wait(self):
+        if self.event is not None:
+            self.event.synchronize()
+        return self.host
+
+
+def run_ahead(items, device):
+    """The same items; on a GPU each is handed over when the device has been given the next one to work on."""
+    return one_behind(items) if device.type == "cuda" else items
+
+
+def one_behind(items):
+    """The same items: the first at once, each further one only when the next has been asked for. So the device is at work on
+    the next token while the host looks at this one, and the first word does not wait for a graph to be captured."""
+    items = iter(items)
+    yield next(items)
+    previous = next(items, None)
+    for item in items:
+        yield previous
+        previous = item
+    if previous is not None:
+        yield previous

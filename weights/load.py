@@ -1,0 +1,109 @@
+"""From files to a model: each weight is read straight to where it stays, and what is faster on the device takes its place.
+
+`load` is the body of `Llava.from_pretrained`. It is handed the class, so that `llava.py` knows no files and no devices.
+"""
+
+from dataclasses import replace
+
+import torch
+import torch.nn as nn
+
+from hardware import cpu, gpu
+from llama import RMSNorm, attention
+from weights.checkpoint import checkpoint_folder, fill, read_headers
+from weights.config import VIP_LAYERS, LlavaConfig
+from weights.quantize import FILE, QuantizedLinear, put_quantized, quantizers
+
+
+def load(cls, folder_or_hub_name, device, dtype, quantize, mapped):
+    """A model of the class `cls` with the weights of a checkpoint. Arguments and errors as in `Llava.from_pretrained`."""
+    folder = checkpoint_folder(folder_or_hub_name)
+    config = LlavaConfig.from_pretrained(folder)
+    if quantize and config.quantized:
+        raise ValueError(f"{folder} is quantised already, to {config.quantized}; load it as it is, or quantise the original")
+    stored = read_headers(folder, FILE) if config.quantized else read_headers(folder)
+    config = as_stored(config, stored)
+    tied = config.text.tie_word_embeddings
+    if tied:
+        stored.pop("language_model.lm_head.weight", None)
+    model = outline(cls, config, config.quantized)
+    makers = quantizers(model, quantize) if quantize else {}
+    fill(model, stored, device, dtype, makers, copy=not mapped and torch.device(device).type == "cpu")
+    if tied:
+        tie_head(model.language_model, makers.get("language_model.lm_head.weight"))
+    for layer in model.modules():
+        if isinstance(layer, QuantizedLinear):
+            layer.settle()
+    suit(model)
+    return model.eval()
+
+
+def outline(cls, config, scheme=None):
+    """A model without memory: its parameters have a shape and a type. scheme: with quantised layers, to be filled."""
+    with torch.device("meta"):
+        model = cls(config)
+        if scheme is not None:
+            put_quantized(model, scheme)
+    return model
+
+
+def as_stored(config, stored):
+    """The LlavaConfig, corrected by the weights themselves where config.json is stale. stored: {our name: Stored}.
+
+    Raises ValueError if `<image>` has no row in the vocabulary (the defaults alone, without a checkpoint, are such).
+    """
+    if config.image_id >= config.text.vocab_size:
+        raise ValueError(f"image_token_index is {config.image_id}; the vocabulary has {config.text.vocab_size} rows")
+    # ViP-7B's published config says `vision_feature_layer: -2`, but its projector has the width of five layers.
+    projector = stored.get("projector.linear_1.weight")
+    five = projector is not None and projector.shape[-1:] == (len(VIP_LAYERS) * config.vision.hidden_size,)
+    if config.style == "vip" and len(config.vision_layers) == 1 and five:
+        config = replace(config, vision_layers=list(VIP_LAYERS))
+    # A tied checkpoint may store its head too; it is tied only if the two are equal, as in transformers.
+    head, embeddings = (stored.get(f"language_model.{name}.weight") for name in ("lm_head", "embed_tokens"))
+    if config.text.tie_word_embeddings and head and embeddings:
+        tied = (head.shape, head.kind) == (embeddings.shape, embeddings.kind) and torch.equal(head.read(), embeddings.read())
+        config = replace(config, text=replace(config.text, tie_word_embeddings=tied))
+    return config
+
+
+def tie_head(language_model, quantizer=None):
+    """Let the output head share the embeddings' matrix, or have a quantised copy of it."""
+    embeddings = language_model.embed_tokens.weight
+    if quantizer is None:
+        language_model.lm_head.weight = embeddings
+    else:
+        language_model.lm_head = quantizer(embeddings)
+
+
+def suit(model):
+    """Put what is faster on the model's device in the places of the plain forms, once, so that no layer asks at each step."""
+    device, dtype, blocks = model.device, model.dtype, model.language_model.layers
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        for name, layer in list(model.named_modules()):
+            if type(layer) is nn.Linear:
+                model.set_submodule(name, cpu.PaddedLinear(layer))
+        for block in blocks:
+            block.self_attn.attend = one_query_apart
+    if device.type != "cpu":
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, RMSNorm):
+                model.set_submodule(name, gpu.fused_norm(layer))
+    if device.type == "cuda":
+        gpu.without_cudnn_attention()
+        if gpu.shares_heads_slowly(device, dtype):
+            for block in blocks:
+                block.self_attn.attend = own_heads
+
+
+def one_query_apart(q, k, v, mask):
+    """`attention`, where a single query a row goes to a form of its own."""
+    return cpu.attention_of_one(q, k, v, mask) if q.shape[2] == 1 and mask is not None else attention(q, k, v, mask)
+
+
+def own_heads(q, k, v, mask):
+    """`attention`, where without a mask each query head gets a key/value head of its own."""
+    if mask is None:
+        groups = q.shape[1] // k.shape[1]
+        k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
+    return attention(q, k, v, mask)
