@@ -79,6 +79,8 @@ def generate(
     choose = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, random=random)
     eos = torch.tensor(model.config.eos_ids if eos_ids is None else list(eos_ids), dtype=torch.long, device=model.device)
 
+    if attention_mask is None:
+        attention_mask = mask_of_padding(input_ids, model.config)
     inputs = prepare(model.config, model.device, model.dtype, input_ids, pixel_values, attention_mask, cache=cache)
     B, T = inputs.ids.shape
     left = room(model.config, cache) - T
@@ -103,26 +105,37 @@ def tokens(model, x, mask, cache, count, choose, eos):
     and on a GPU that is one step behind.
     """
     launched = launch(model, x, mask, cache, count, choose, eos)
-    for token, alive in run_ahead(launched, x.device):
+    for token, alive, finite in run_ahead(launched, x.device):
+        if not finite.wait().all():
+            raise ValueError(f"the logits are not finite: weights are damaged, or too large for {model.dtype}; try another dtype")
         yield token.wait()
         if not alive.wait().any():
             return
 
 
 def launch(model, x, mask, cache, count, choose, eos):
-    """Start the steps one after the other; of each its tokens, and which rows go on, on their way to the host."""
+    """Start the steps one after the other. Of each, three tensors (B,) are on their way to the host: the tokens, which rows go on, and
+    whether a row's logits were finite."""
     x = model.language_model(x, mask, cache=cache, last=True)  # prefill: (B, 1, D), as only the last position needs logits
     logits = model.language_model.lm_head(x[:, -1])  # (B, vocabulary)
-    if not logits.isfinite().all():
-        raise ValueError(f"the logits are not finite: weights are damaged, or too large for {logits.dtype}; try another dtype")
     step = fastest(model.decode_step, model.language_model, cache)
     alive = torch.ones(len(x), dtype=torch.bool, device=x.device)
     for left in reversed(range(count)):
-        token = torch.where(alive, choose(logits), model.config.pad_id)  # (B,)
+        finite = logits.sum(-1, dtype=torch.float32).isfinite() | ~alive  # one infinity or NaN makes the sum one
+        token = torch.where(alive, choose(logits), model.config.pad_id)
         alive = alive & ~torch.isin(token, eos)
-        yield OnItsWay(token), OnItsWay(alive)
+        yield OnItsWay(token), OnItsWay(alive), OnItsWay(finite)
         if left:
             logits = step(token, alive)  # decode: one token of each row
+
+
+def mask_of_padding(ids, config):
+    """The attention mask of a padded batch that came without one, as in transformers: `<pad>` is never a word. None where there is no
+    padding, or where a checkpoint pads with the token that ends an answer."""
+    padding = ids == config.pad_id
+    if config.pad_id in config.eos_ids or not padding.any():
+        return None
+    return ~padding
 
 
 def check_options(max_new_tokens, temperature, top_k, top_p, seed):

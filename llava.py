@@ -136,7 +136,7 @@ class Llava(nn.Module):
     ):  # fmt: skip
         """Continue each row of a batch: an iterator of (B,) ids, one for each step.
 
-        input_ids, pixel_values, attention_mask: as in forward.
+        input_ids, pixel_values, attention_mask: as in forward. A mask that is not given is made where ids are pad_id.
         temperature 0 takes the likeliest token; above 0 it divides the logits and a token is drawn, from the top_k
             likeliest and from the fewest whose probabilities reach top_p, if given. seed makes the draws repeatable.
         eos_ids: ids that end a row, the ended row then yields pad_id; None: the checkpoint's; (): none.

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from generate import greedy, greedy_cached, sample
+from generate import greedy, greedy_cached, mask_of_padding, sample
 from llama import KVCache
 from tests.compare import FAMILIES, TOLERANCE, load, one_id_per_image, relative
 
@@ -223,6 +223,38 @@ def test_logits_that_are_not_finite(temperature):
     model.language_model.norm.weight.data[3] = torch.nan
     with pytest.raises(ValueError, match="not finite.*torch.float32"):
         generated(model, prompt(reference), max_new_tokens=1, temperature=temperature)
+
+
+def test_logits_that_become_not_finite_on_the_way():
+    """In the third step, and of a row that has ended not at all."""
+    model, reference = load("llava")
+    decode_step, steps = model.decode_step, []
+
+    def breaking(token, alive, cache):
+        logits = decode_step(token, alive, cache)
+        steps.append(None)
+        logits[:, 5][~alive | torch.tensor(len(steps) == 3)] = torch.inf
+        return logits
+
+    model.decode_step = breaking
+    first = int(next(model.generate(**prompt(reference), eos_ids=()))[0])
+    tokens = model.generate(**prompt(reference), eos_ids=(first,), max_new_tokens=9)
+    assert [next(tokens) for _ in range(3)]
+    with pytest.raises(ValueError, match="not finite"):
+        next(tokens)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_without_a_mask_is_padding_still(family):
+    model, reference = load(family)
+    inputs = prompt(reference)
+    padding = inputs["attention_mask"] == 0
+    assert padding.any() and model.config.pad_id not in model.config.eos_ids
+    inputs["input_ids"] = inputs["input_ids"].masked_fill(padding, model.config.pad_id)
+    expected = generated(model, inputs)
+    assert torch.equal(generated(model, inputs | {"attention_mask": None}), expected)
+    ends_answers = replace(model.config, eos_ids=(model.config.pad_id,))  # then the id may be a word
+    assert mask_of_padding(inputs["input_ids"], ends_answers) is None
 
 
 @pytest.mark.parametrize(
