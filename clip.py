@@ -85,17 +85,24 @@ class Block(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """One linear map for all patches, (N, C, S, S) -> (N, P, D), stored as the convolution that it also is. (As a convolution
-    it would be rounded to 10 bits in float32 on recent GPUs, whose default there is TF32.)"""
+    """One linear map for all patches, (N, C, S, S) -> (N, P, D), stored as the convolution that it also is."""
 
     def __init__(self, channels, width, size):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, channels, size, size))
 
     def forward(self, pixel_values):
+        # As a product: a convolution in float32 would be rounded to 10 bits (TF32) on recent GPUs.
         size = self.weight.shape[-1]
         patches = F.unfold(pixel_values.to(self.weight), size, stride=size).transpose(1, 2)  # (N, P, C · p · p)
         return patches @ self.weight.flatten(1).T
+
+
+def state_number(layer, depth):
+    """Which of a tower's depth + 1 hidden states a layer means: negative numbers count from the end. Raises ValueError for none."""
+    if not -depth - 1 <= layer <= depth:
+        raise ValueError(f"vision layer {layer} does not exist: the tower has hidden states 0 to {depth}, or -{depth + 1} to -1")
+    return layer % (depth + 1)
 
 
 class CLIPVision(nn.Module):
@@ -123,19 +130,19 @@ class CLIPVision(nn.Module):
         Returns a list of (N, P+1, D); position 0 is the class token. No block above the highest one asked for is run.
         Raises ValueError for pictures of another shape and for a layer that does not exist.
         """
-        config, depth = self.config, len(self.layers)
+        config = self.config
+        depth = len(self.layers)
         expected = (config.num_channels, config.image_size, config.image_size)
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != expected:
             raise ValueError(f"pixel_values are {tuple(pixel_values.shape)}; this tower takes (N, {', '.join(map(str, expected))})")
-        if bad := [k for k in layers if not -depth - 1 <= k <= depth]:
-            raise ValueError(f"vision layer {bad[0]} does not exist: the tower has hidden states 0 to {depth}, or -{depth + 1} to -1")
-        wanted = [k % (depth + 1) for k in layers]
+        wanted = [state_number(k, depth) for k in layers]
 
         x = self.patch_embedding(pixel_values)  # (N, P, D)
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1)  # (N, P+1, D)
         x = self.pre_layrnorm(x + self.position_embedding.weight)
-        states = [x]
-        for block in self.layers[: max(wanted)]:
+        states = {0: x}
+        for k, block in enumerate(self.layers[: max(wanted)], start=1):
             x = block(x)
-            states.append(x if len(states) in wanted else None)  # the others are freed as soon as they are used
+            if k in wanted:  # the others are freed as soon as they are used
+                states[k] = x
         return [states[k] for k in wanted]

@@ -6,6 +6,7 @@ also draws tokens (`sample`), takes several rows at once, and lets the device ru
 Shapes: B rows, T tokens of the prompt, D width.
 """
 
+import math
 from functools import partial
 
 import torch
@@ -105,8 +106,8 @@ def tokens(model, x, mask, cache, count, choose, eos):
     and on a GPU that is one step behind.
     """
     launched = launch(model, x, mask, cache, count, choose, eos)
-    for token, alive, finite in run_ahead(launched, x.device):
-        if not finite.wait().all():
+    for token, alive, totals in run_ahead(launched, x.device):
+        if not all(map(math.isfinite, totals.wait().tolist())):
             raise ValueError(f"the logits are not finite: weights are damaged, or too large for {model.dtype}; try another dtype")
         yield token.wait()
         if not alive.wait().any():
@@ -115,16 +116,16 @@ def tokens(model, x, mask, cache, count, choose, eos):
 
 def launch(model, x, mask, cache, count, choose, eos):
     """Start the steps one after the other. Of each, three tensors (B,) are on their way to the host: the tokens, which rows go on, and
-    whether a row's logits were finite."""
+    the sums of the logits, which a single infinity or NaN among them makes infinite or NaN."""
     x = model.language_model(x, mask, cache=cache, last=True)  # prefill: (B, 1, D), as only the last position needs logits
     logits = model.language_model.lm_head(x[:, -1])  # (B, vocabulary)
     step = fastest(model.decode_step, model.language_model, cache)
     alive = torch.ones(len(x), dtype=torch.bool, device=x.device)
     for left in reversed(range(count)):
-        finite = logits.sum(-1, dtype=torch.float32).isfinite() | ~alive  # one infinity or NaN makes the sum one
+        totals = torch.where(alive, logits.sum(-1, dtype=torch.float32), 0.0)
         token = torch.where(alive, choose(logits), model.config.pad_id)
         alive = alive & ~torch.isin(token, eos)
-        yield OnItsWay(token), OnItsWay(alive), OnItsWay(finite)
+        yield OnItsWay(token), OnItsWay(alive), OnItsWay(totals)
         if left:
             logits = step(token, alive)  # decode: one token of each row
 

@@ -25,34 +25,37 @@ class Inputs(NamedTuple):
 
 def prepare(config, device, dtype, ids, pixels, mask, positions=None, embeds=None, labels=None, cache=None):
     """The inputs of `Llava.forward` as an Inputs. Raises ValueError for whatever does not fit, with both of the values that disagree."""
-    vocabulary, D, P = config.text.vocab_size, config.text.hidden_size, config.features_per_image
     if (ids is None) == (embeds is None):
         raise ValueError("give input_ids or inputs_embeds, one of the two")
     if labels is not None:
-        _check_ids("labels", labels[labels != IGNORED], vocabulary)
-    if embeds is not None:
+        _check_ids("labels", labels[labels != IGNORED], config.text.vocab_size)
+    if ids is not None:
+        ids, mask, labels = _expanded(ids, pixels, mask, labels, config)
+        ids, shape = ids.to(device), ids.shape
+    else:
         if pixels is not None:
             raise ValueError("inputs_embeds hold their pictures already; give pixel_values with input_ids only")
-        if embeds.ndim != 3 or embeds.shape[-1] != D:
-            raise ValueError(f"inputs_embeds are {tuple(embeds.shape)}; expected (B, T, {D})")
-        B, T, _ = embeds.shape
-        embeds = embeds.to(device, dtype)
-    else:
-        if ids.ndim != 2 or not ids.numel():
-            raise ValueError(f"input_ids are {tuple(ids.shape)}; expected (B, T), with at least one token")
-        _check_shapes(ids.shape, attention_mask=mask, labels=labels)
-        _check_ids("input_ids", ids, vocabulary)
-        tokens, pictures = int((ids == config.image_id).sum()), 0 if pixels is None else len(pixels)
-        if tokens not in (pictures, pictures * P):
-            raise ValueError(
-                f"the prompt has {tokens} <image> tokens for {pictures} pictures; "
-                f"expected one each ({pictures}), or one for each of their {pictures} × {P} = {pictures * P} features"
-            )
-        if tokens < pictures * P:
-            ids, mask, labels = _expand(ids, mask, labels, config)
-        B, T = ids.shape
-        ids = ids.to(device)
-    _check_shapes((B, T), attention_mask=mask, labels=labels, positions=positions)
+        if embeds.ndim != 3 or embeds.shape[-1] != config.text.hidden_size:
+            raise ValueError(f"inputs_embeds are {tuple(embeds.shape)}; expected (B, T, {config.text.hidden_size})")
+        embeds, shape = embeds.to(device, dtype), embeds.shape[:2]
+    _check_shapes(shape, attention_mask=mask, labels=labels, positions=positions)
+    _check_room(*shape, dtype, config, cache)
+    if mask is not None:
+        mask = mask.to(device, torch.bool)
+    if positions is not None:
+        positions = positions.to(device, torch.long)
+    if labels is not None:
+        labels = labels.to(device, torch.long)
+    return Inputs(ids, embeds, mask, positions, labels)
+
+
+def room(config, cache):
+    """How many tokens fit the context, or what is left of the cache."""
+    most = config.text.max_position_embeddings
+    return most if cache is None else min(most, cache.max_length) - int(cache.length)
+
+
+def _check_room(B, T, dtype, config, cache):
     if cache is not None and (cache.batch_size, cache.dtype) != (B, dtype):
         here = f"the batch has {B} rows and the model is in {dtype}"
         raise ValueError(f"the cache is for {cache.batch_size} rows in {cache.dtype}; {here}")
@@ -62,15 +65,22 @@ def prepare(config, device, dtype, ids, pixels, mask, positions=None, embeds=Non
             limit, what = cache.max_length, "the cache's max_length"
         before = f" after {int(cache.length)} in the cache" if cache is not None and cache.length else ""
         raise ValueError(f"{T} tokens{before} do not fit {what} of {limit}; shorten the prompt, use fewer pictures or start a new chat")
-    mask = None if mask is None else mask.to(device, torch.bool)
-    positions, labels = (None if rows is None else rows.to(device, torch.long) for rows in (positions, labels))
-    return Inputs(ids, embeds, mask, positions, labels)
 
 
-def room(config, cache):
-    """How many tokens fit the context, or what is left of the cache."""
-    most = config.text.max_position_embeddings
-    return most if cache is None else min(most, cache.max_length) - int(cache.length)
+def _expanded(ids, pixels, mask, labels, config):
+    """Checked ids (B, T) with as many `<image>` ids as there are features, mask and labels along with them."""
+    if ids.ndim != 2 or not ids.numel():
+        raise ValueError(f"input_ids are {tuple(ids.shape)}; expected (B, T), with at least one token")
+    _check_shapes(ids.shape, attention_mask=mask, labels=labels)
+    _check_ids("input_ids", ids, config.text.vocab_size)
+    tokens, P = int((ids == config.image_id).sum()), config.features_per_image
+    pictures = 0 if pixels is None else len(pixels)
+    if tokens not in (pictures, pictures * P):
+        raise ValueError(
+            f"the prompt has {tokens} <image> tokens for {pictures} pictures; "
+            f"expected one each ({pictures}), or one for each of their {pictures} × {P} = {pictures * P} features"
+        )
+    return _expand(ids, mask, labels, config) if tokens < pictures * P else (ids, mask, labels)
 
 
 def _expand(ids, mask, labels, config):
