@@ -7,12 +7,10 @@ how likely a given answer is.
 Shapes: B rows of a batch, T tokens of the longest.
 """
 
-from itertools import islice
-from typing import NamedTuple
-
 import torch
 from PIL import Image
 
+from batch import Prompt, common_prefix, generate_many
 from generate import cache_length, check_options
 from images import ImageProcessor
 from inputs import prepare
@@ -20,8 +18,6 @@ from llama import KVCache
 from llava import Llava
 from tokenizer import SPECIAL_LITERALS, STYLES, Tokenizer, chat_prompt, expand_images, stop_at
 from weights.checkpoint import checkpoint_folder
-
-GROUP = 4  # batches whose questions `Chat.answer` sorts by length at a time
 
 
 class Chat:
@@ -80,7 +76,7 @@ class Chat:
         self._end_turn()
         prompt = self._expanded(self.tokenizer.encode(self.prompt(question, images)))
         self._check_room(prompt)
-        kept = self._cached_prefix(prompt)
+        kept = min(common_prefix(prompt, self._cached), len(prompt) - 1)  # the last is computed anew, for its logits
         pixels = self._uncached_pictures(prompt[kept:], images)
 
         self._make_room(len(prompt) + max_new_tokens)
@@ -124,13 +120,6 @@ class Chat:
         if self._turn is not None:
             self._turn.close()
         self._turn = None
-
-    def _cached_prefix(self, prompt):
-        """How many ids the cache holds as this prompt begins; the last is left out, to be computed for its logits."""
-        n = 0
-        while n < min(len(self._cached), len(prompt) - 1) and self._cached[n] == prompt[n]:
-            n += 1
-        return n
 
     def _uncached_pictures(self, new, images):
         """The pixels of the pictures that the new ids of a prompt hold, or None.
@@ -181,59 +170,36 @@ class Chat:
         return self._answers(iter(questions), batch_size, literal, options)
 
     def _answers(self, questions, batch_size, literal, options):
-        cache = None
-        while group := [self._prepared(question, literal) for question in islice(questions, GROUP * batch_size)]:
-            answers = list(group)  # those that are Unanswered stay
-            rows = [n for n, one in enumerate(group) if not isinstance(one, Unanswered)]
-            rows.sort(key=lambda n: len(group[n].ids))
-            for start in range(0, len(rows), batch_size):
-                batch = rows[start : start + batch_size]
-                asked = [group[n] for n in batch]
-                cache = self._batch_cache(cache, asked, options["max_new_tokens"])
-                for n, text in zip(batch, self._answer_batch(asked, cache, options)):
-                    answers[n] = text
-            yield from answers
+        ready, due = {}, 0  # number -> answer, until all before it have been given
+        prompts = self._fit_to_ask(questions, literal, ready)
+        for n, ids in generate_many(self.model, prompts, batch_size, self._has_ended, **options):
+            ready[n] = "".join(stop_at(self.tokenizer.stream(ids), self._end))
+            while due in ready:
+                yield ready.pop(due)
+                due += 1
+        yield from (ready[n] for n in sorted(ready))  # those that could not be asked, at the end
 
-    def _prepared(self, question, literal):
-        """A question as ids and pixels, or Unanswered."""
-        try:
-            text, images = check_question(question)
-            if literal:
-                prompt = self._text([user_message(PLACE, images)]).replace(PLACE, text)
-            else:
-                prompt = self._text([user_message(text, images)])
-            ids = self.tokenizer.encode(prompt)
-            if ids.count(self.model.config.image_id) != len(images):
-                raise ValueError(f"the question {text!r} contains '<image>'; pictures are given beside the text, not in it")
-            ids = self._expanded(ids)
-            self._check_room(ids)
-            return Asked(ids, self.processor(images, pad=self.pad) if images else None)
-        except ValueError as error:
-            return Unanswered(error)
+    def _fit_to_ask(self, questions, literal, ready):
+        """(number, Prompt) of each question that can be asked. The others are Unanswered, and put into `ready` by their numbers."""
+        for n, question in enumerate(questions):
+            try:
+                yield n, self._prepared(question, literal)
+            except ValueError as error:
+                ready[n] = Unanswered(error)
 
-    def _batch_cache(self, cache, asked, max_new_tokens):
-        """A cache for this batch: the one of the batch before, emptied, if it has the size. So a captured step serves all batches."""
-        model, longest = self.model, max(len(one.ids) for one in asked)
-        wanted = cache_length(model.config, longest + max_new_tokens)
-        if cache is not None and cache.batch_size == len(asked) and cache.max_length >= wanted:
-            cache.truncate(0)
-            return cache
-        return KVCache(model.config.text, len(asked), wanted, model.device, model.dtype)
-
-    def _answer_batch(self, asked, cache, options):
-        """The answers to a batch of questions."""
-        ids, mask = left_padded([one.ids for one in asked], self.model.config.pad_id)
-        steps = self.model.generate(ids, all_pixels(asked), mask, cache=cache, **options)
-        rows = [[] for _ in asked]
-        ended = [False] * len(rows)
-        for step in steps:
-            for n, token in enumerate(step.tolist()):
-                if not ended[n]:
-                    rows[n].append(token)
-                    ended[n] = self._has_ended(rows[n])
-            if all(ended):
-                break
-        return ["".join(stop_at(self.tokenizer.stream(row), self._end)) for row in rows]
+    def _prepared(self, question, literal=False):
+        """A question (text, pictures), alone in a conversation, as a Prompt. Raises ValueError if it cannot be asked."""
+        text, images = check_question(question)
+        if literal:
+            written = self._text([user_message(PLACE, images)]).replace(PLACE, text)
+        else:
+            written = self._text([user_message(text, images)])
+        ids = self.tokenizer.encode(written)
+        if ids.count(self.model.config.image_id) != len(images):
+            raise ValueError(f"the question {text!r} contains '<image>'; pictures are given beside the text, not in it")
+        ids = self._expanded(ids)
+        self._check_room(ids)
+        return Prompt(ids, self.processor(images, pad=self.pad) if images else None)
 
     def _has_ended(self, ids):
         """Whether an answer ends here: with an id that ends it, or with an end mark in its text, as ViP's "###" is."""
@@ -262,10 +228,7 @@ class Chat:
         for start in range(0, len(asked), batch_size):
             batch, answers = [], []
             for question, answer, images in asked[start : start + batch_size]:
-                one = self._prepared((question, images), literal=False)
-                if isinstance(one, Unanswered):
-                    raise one.error
-                batch.append(one)
+                batch.append(self._prepared((question, images)))
                 answers.append(self._answer_ids(question, answer, images))
             scores += log_probabilities(self.model, [one.ids for one in batch], answers, all_pixels(batch))
         return scores
@@ -299,13 +262,6 @@ class Chat:
                 f"the context is full: with this question it has {len(prompt)} tokens, and max_position_embeddings of {limit} leave no room "
                 'for an answer; ask something shorter, show fewer pictures, or begin a new conversation ("/reset" in a chat)'
             )
-
-
-class Asked(NamedTuple):
-    """A question that is fit to be asked."""
-
-    ids: list[int]  # of its prompt, each `<image>` expanded
-    pixels: torch.Tensor | None  # (pictures, 3, side, side)
 
 
 class Unanswered(str):
@@ -347,9 +303,9 @@ def without_literals(text):
     return text
 
 
-def all_pixels(asked):
-    """The pictures of a batch of Asked, in order: (N, 3, side, side), or None if there are none."""
-    pixels = [one.pixels for one in asked if one.pixels is not None]
+def all_pixels(prompts):
+    """The pictures of a batch of Prompts, in order: (N, 3, side, side), or None if there are none."""
+    pixels = [one.pixels for one in prompts if one.pixels is not None]
     return torch.cat(pixels) if pixels else None
 
 
