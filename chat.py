@@ -259,8 +259,8 @@ class Chat:
         limit = self.model.config.text.max_position_embeddings
         if len(prompt) >= limit:
             raise ValueError(
-                f"the context is full: with this question it has {len(prompt)} tokens, and max_position_embeddings of {limit} leave no room "
-                'for an answer; ask something shorter, show fewer pictures, or begin a new conversation ("/reset" in a chat)'
+                f"the context is full: with this question it has {len(prompt)} tokens, and with max_position_embeddings of {limit} "
+                'no answer fits; ask something shorter, show fewer pictures, or begin a new conversation ("/reset" in a chat)'
             )
 
 

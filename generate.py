@@ -131,8 +131,8 @@ def tokens(model, x, mask, cache, count, choose, eos, repetition=None):
     """The loop: yields (B,) ids on the host, for each of at most `count` steps, until every row has ended.
 
     x: (B, T, D), the embedded prompt; mask: (B, T) bool or None; choose: (B, vocabulary) logits -> (B,) ids; eos: ids that
-    end a row, as a tensor on the device; repetition: a Repetition, or None. After the prompt nothing here waits for the device but the reading of a token,
-    and on a GPU that is one step behind.
+    end a row, as a tensor on the device; repetition: a Repetition, or None. After the prompt nothing here waits for the device
+    but the reading of a token, and on a GPU that is one step behind.
     """
     launched = launch(model, x, mask, cache, count, choose, eos, repetition)
     for token, alive, finite in run_ahead(launched, x.device):
