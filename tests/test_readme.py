@@ -40,6 +40,7 @@ NAMED = [
     for span in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"```.*?```", "", text, flags=re.S))
 ]
 BLOCKS = [(page, kind, block) for page, text in PAGES.items() for kind, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S)]
+ENDINGS = (".py", ".md", ".json", ".jsonl", ".js", ".html", ".png", ".ipynb", ".sh", ".model", ".safetensors")  # a file, not a function
 OUTPUTS = [
     (command, output)
     for _, kind, block in BLOCKS
@@ -61,7 +62,7 @@ def test_there_is_something_to_check():
 
 def with_line_counts(text):
     """The README with the true number of lines of each file in the table of the reading order."""
-    row = re.compile(r"^(\| \d \| `(\w+\.py)` \| )\d+( \|)", re.M)
+    row = re.compile(r"^(\| \d+ \| `(\w+\.py)` \| )\d+( \|)", re.M)
     return row.sub(lambda found: f"{found[1]}{len((ROOT / found[2]).read_text(encoding='utf-8').splitlines())}{found[3]}", text)
 
 
@@ -109,9 +110,7 @@ def test_functions_exist(page):
         r"\b(?:images|clip|tokenizer|llava|llama|Llama)\.\w+", "".join(b for where, _, b in BLOCKS if where == page and "│" in b)
     )
     for span in spans:
-        if re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", span) and not re.search(
-            r"\.(py|md|json|js|html|png|ipynb|sh|model|safetensors)$", span
-        ):
+        if re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", span) and not span.endswith(ENDINGS):
             first, *rest = span.split(".")
             if first in classes:
                 assert rest[0] in classes[first], span
