@@ -711,7 +711,7 @@ def test_done_leaves_one_where_one_is(tab, window):
     window(1280, 800)
     before, after, focused = tab.run("""
       await tour(6);
-      await new Promise(done => setTimeout(done, 1000));
+      for (let before = -1; before !== scrollY;) { before = scrollY; await new Promise(done => setTimeout(done, 300)); }
       const top = () => $("ablate").getBoundingClientRect().top, before = top();
       $("next").click();
       await new Promise(done => setTimeout(done, 500));
