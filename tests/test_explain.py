@@ -133,6 +133,15 @@ def test_the_small_numbers_are_explained_where_they_stand(tab):
     hidden = "return byId('numbers').hidden;"
     assert not tab.run(hidden) and "percent" in tab.run("return byId('numbers').textContent;")
     assert tab.run("return document.querySelectorAll('[data-share]').length;") > 0
+    said = tab.run("""
+      const said = [];
+      for (chosen = 0; chosen < answers; chosen++) {
+        for (const option of byId("layer").options) { byId("layer").value = option.value; show(); said.push(byId("said").textContent); }
+      }
+      chosen = 0;
+      return said.map(text => text.split("Of the words")[1]).join();
+    """)
+    assert re.search(r"the space at position \d+ \d+ %", said) and "␣" not in said  # a space is named, and which one
     tab.run("document.querySelector('[value=occlusion]').click();")
     assert tab.run(hidden)
 

@@ -799,19 +799,15 @@ def test_the_tours_patch_lies_on_what_the_question_is_about(style):
 
 
 def test_signs_and_pieces_are_explained_beside_them(tab, asked):
-    signs, piece, whole = tab.run("""
-      const at = text => state.answer.findIndex(({token}) => label(token) === text);
-      const [green] = tokenizer.encode("reen").slice(2);
-      state.answer = tokenizer.encode("A green square.").slice(1).map((token, n) => ({...state.answer[n % 5], token}));
-      const broken = tokenizer.encode("A blue circle.").slice(1).map((token, n) => ({...state.answer[n % 5], token}));
+    signs, said, pieces = tab.run("""
+      state.answer = tokenizer.encode("Green.").slice(1).map((token, n) => ({...state.answer[n], token}));  // with another's logits
       show_notes();
-      const signs = $("signs").textContent;
-      state.answer = broken;
-      const n = broken.findIndex(({token}) => !spelling(token).startsWith(" ") && /[a-z]/.test(spelling(token)));
-      return [signs, n < 0 ? "" : speaking_of(n), speaking_of(0)];
+      const said = state.answer.map((_, n) => speaking_of(n)), ids = ["reen", "▁red"].map(piece => tokenizer.ids.get(piece));
+      return [$("signs").textContent, said, pieces_among(ids)];
     """)
-    assert "A double line marks words" in signs and "less than 90 % sure" in signs
-    assert whole == "“A”" and (piece == "" or re.fullmatch(r"“\w+”, a piece of “\w+”", piece))
+    assert "A double line marks words" in signs and "less than 90 % sure" in signs and "␣ is a space" in signs
+    assert said == ["“␣”", "“G”, a piece of “Green”", "“reen”, a piece of “Green”", "“.”"]
+    assert pieces == "Pieces of words: “reen” of “green”."
     words = tab.run("return [0, 3, 20, -0.05, -3].map(now_likely);")
     assert words == [
         "is about as likely as before", "is 20 times less likely than before", "would practically never be given now",

@@ -104,6 +104,15 @@ function spelling(id) {
 }
 const label = id => spelling(id).trim() || "␣";
 
+// Which of some tokens are pieces of words, and of which words: what "reen" is one cannot guess.
+function pieces_among(ids) {
+  const found = [...new Set(ids.map(label))].flatMap(piece => {
+    const whole = WORLD.words.includes(piece) || !/^\p{L}+$/u.test(piece) ? undefined : WORLD.words.find(word => word.includes(piece));
+    return whole ? [`“${piece}” of “${whole}”`] : [];
+  });
+  return found.length ? `Pieces of words: ${found.join(", ")}.` : "";
+}
+
 const top_ids = (values, count) => Array.from(values.keys()).sort((a, b) => values[b] - values[a]).slice(0, count);
 const cosine = (a, b) => dot(a, b) / Math.sqrt(dot(a, a) * dot(b, b) || 1);
 
@@ -270,9 +279,9 @@ function put(cell) {
   ask();
 }
 
-// Questions to press; of a ViP-LLaVA about the first mark in the picture, or plain ones where there is none.
+// Questions to press; of a ViP-LLaVA about the newest mark in the picture, or plain ones where there is none.
 function show_suggestions() {
-  const [mark] = state.scene.marks;
+  const mark = state.scene.marks.at(-1);
   const fill = text => text.replace("{words}", mark && words_of(mark)).replace("{name}", mark && `${mark.colour} ${mark.kind}`);
   const questions = data.suggestions.filter(text => mark || !text.includes("{")).map(fill);
   const buttons = questions.map(text => make("button", {}, text));
@@ -445,6 +454,7 @@ function show_alternatives() {
     label: label(id), p: p[id], after: draws ? drawn[id] : undefined, cut: drawn[id] === 0, chosen: id === token,
     pick: () => go_on_from(state.word, id),
   })));
+  $("pieces").textContent = pieces_among(top_ids(p, 10));
   $("drawn-how").textContent = draws
     ? `Outline: what the model says. Filled: what a word is drawn with, at temperature ${temperature} and top-p ${top_p}.`
     : "At temperature 0 nothing is drawn: the likeliest word is taken, and top-p changes nothing.";
@@ -553,6 +563,7 @@ function show_stages() {
     button.setAttribute("aria-label", `${place(n)}: ${label(id)}, cosine ${c.toFixed(2)}`);
   });
   $("nearest-title").textContent = `Nearest to the patch at ${place(state.patch)}, by cosine:`;
+  $("nearest-pieces").textContent = pieces_among(near(state.patch).map(([id]) => id));
   bars($("nearest-words"), near(state.patch).map(([id, c]) => ({label: label(id), p: c, text: c.toFixed(2)})));
 
   // 5. Splice
@@ -588,7 +599,8 @@ function show_stages() {
   const read = top_ids(weights.map((w, t) => ids[t] === config.image_id ? 0 : w), 3)
     .map(t => `${label(ids[t]) === "␣" ? `the space at position ${t}` : `“${label(ids[t])}”`} (${percent(weights[t])})`);
   const where = top_ids(seen, 3).map((n, k) => `(${k + 1}) ${place(n)}`).join(", ");
-  $("attention-says").textContent = `For ${speaking_of(state.word)}, ${name} gave the picture ${percent(share)} of its attention, most to ${where}; `
+  $("attention-says").textContent = `For ${speaking_of(state.word)}, ${name} gave the picture ${percent(share)} of its attention, `
+    + `most to ${where}; `
     + `of the words most to ${read.join(", ")}.`;
   $("attention").setAttribute("aria-label", $("attention-says").textContent);
 
