@@ -202,7 +202,7 @@ def open_image(source, scale_grey=False):
     Raises FileNotFoundError, or ValueError for what cannot be read, is no picture, is cut short, or is too large to decode safely.
     """
     with read_bytes(source) as file:
-        name = source if isinstance(source, str | os.PathLike) else "the picture"
+        name = source if isinstance(source, str | os.PathLike) else "this file"
         image = decode(file, name)
     if is_deep_grey(image):
         if scale_grey:
@@ -250,7 +250,7 @@ def fetch(address):
     except urllib.error.URLError as error:
         if isinstance(error.reason, TimeoutError):
             raise late from None
-        raise Refused(f"{address} cannot be reached: {error.reason}") from None
+        raise Refused(f"{address} cannot be reached: {getattr(error.reason, 'strerror', None) or error.reason}") from None
     except (http.client.HTTPException, OSError, ValueError) as error:
         raise Refused(f"{address} cannot be fetched: {error or type(error).__name__}") from None
 

@@ -443,7 +443,7 @@ def test_file_addresses_and_open_files(tmp_path):
     assert open_image(io.BytesIO(file.read_bytes())) == expected
     with pytest.raises(FileNotFoundError, match="file:///none.png: no such picture"):
         open_image("file:///none.png")
-    with pytest.raises(ValueError, match="the picture is not a picture"):
+    with pytest.raises(ValueError, match="this file is not a picture"):
         open_image(io.BytesIO(b"text"))
 
 
