@@ -39,7 +39,7 @@ def meant(text):
 
 
 def read_question(question):
-    """The text of a question; "-" is read from standard input. Raises ValueError for what is no question."""
+    """The text of the command line's question; "-" is read from standard input. Raises ValueError for what is no question."""
     if question == "-":
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(errors="surrogateescape")  # what is not UTF-8 is told apart by `meant`, or by the tokenizer
@@ -47,13 +47,17 @@ def read_question(question):
     question = meant(question)
     if not question:
         raise ValueError("the question is empty")
-    if names_a_picture(question):
-        raise ValueError(f"{question!r} is the name of a file, not a question; a picture is given by --image (/image in a chat)")
+    check_question(question)
     return question
 
 
+def check_question(question):
+    if names_a_picture(question):
+        raise ValueError(f"{question!r} is the name of a file, not a question; a picture is given by --image (/image in a chat)")
+
+
 def open_picture(name, args):
-    """A picture by its name on the command line, or in a chat; "-" is standard input."""
+    """A picture by its name on the command line; "-" is standard input."""
     source = io.BytesIO(sys.stdin.buffer.read()) if name == "-" else name
     return open_image(source, args.scale_grey)
 
@@ -107,13 +111,15 @@ class Conversation:
     def hear(self, line):
         """Do what a line says. Raises ValueError or OSError for what cannot be done; the conversation is then unchanged."""
         if not line.startswith("/"):
-            self.ask(refer(read_question(line), self.marks))
+            check_question(line)
+            self.ask(refer(line, self.marks))
             return
         command, *rest = line.split(None, 1)
         if command == "/image":
             if not rest:
                 raise ValueError('"/image" needs a file, as in "/image photo.jpg"')
-            self.picture, self.marks = [open_picture(rest[0], self.args)], []
+            name = rest[0].strip("'\"")  # which a file that is dropped into a terminal brings along
+            self.picture, self.marks = [open_image(name, self.args.scale_grey)], []
             self.images = [*self.images, *self.picture]
         elif command == "/mark":
             added = parse_mark("".join(rest))
@@ -126,9 +132,7 @@ class Conversation:
         elif command == "/help":
             print(HELP, file=sys.stderr)
         else:
-            raise ValueError(
-                f'{command!r} is no command; there are "/image FILE", "/mark red rectangle 40,30,120,110", "/reset" and "/help"'
-            )
+            raise ValueError(f'{command!r} is no command; there are "/image FILE", "/mark red point 40,30", "/reset" and "/help"')
 
     def ask(self, question):
         turns = len(self.chat.messages)
