@@ -238,7 +238,7 @@ def main():
         try:
             train(args, group)
         except KeyboardInterrupt as stop:
-            print(f"\ntrain.py: {stop or 'stopped; nothing new is saved'}", file=sys.stderr)
+            print(f"\ntrain.py: {str(stop) or 'stopped; nothing new is saved'}", file=sys.stderr)
             sys.exit(130)
         except (ValueError, OSError, RuntimeError) as error:
             if group.size > 1:
