@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from shutil import copytree
@@ -31,6 +32,7 @@ from tokenizer import Tokenizer, chat_prompt
 from training import data as training_data
 from training import records as training_records
 from training.data import Encoder, collate, conversations, make_batches
+from training.lora import adapted, add_adapter
 from training.parameters import GradientScaler
 from training.report import losses_file
 from training.state import copy_rows
@@ -689,3 +691,122 @@ def test_a_pytorch_without_torch_distributed_answers_and_trains(data, tmp_path):
     command = f"train.py --stage 2 --model {TINY} --data {data}/instruct.json --images {data} --out {tmp_path}/out --batch-size 2".split()
     ask(*command, "--save-every", "1e-9", "--lora", "2", "--dtype", "bfloat16")
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_many_conversations_are_encoded_by_several_processes_as_by_one(tmp_path, monkeypatch, capsys):
+    """In their order, and what is left out is counted."""
+    records = [{**record(f"How many? {n}", "Four."), "image": None} for n in range(40)]
+    records[7], records[21] = {"conversations": 3}, {**records[21], "conversations": []}
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    one = encoded(tmp_path / "data.json", tmp_path, tmp_path / "one")
+    first = capsys.readouterr().err
+    monkeypatch.setattr(training_data, "BLOCK", 3)
+    tokenizer = Tokenizer.from_pretrained(TINY)
+    encoder = Encoder(partial(training_data.encode_conversation, tokenizer=tokenizer, style="llava"), tokenizer.image_id, 200, 64)
+    several = conversations(tmp_path / "data.json", tmp_path, encoder, {}, tmp_path / "several", Alone())
+    assert len(one) == len(several) == 38 and all(one[n] == several[n] for n in range(38))
+    assert capsys.readouterr().err == first and "record 8: " in first and "record 22 (x): " in first
+
+
+def test_a_record_with_regions_is_left_out(tmp_path, capsys):
+    """ViP-LLaVA's own, whose marks would have to be drawn."""
+    plain, regions = ({**record(f"What is {words}?", "A cat."), "image": None} for words in ("this", "<bbox0>"))
+    (tmp_path / "data.json").write_text(json.dumps([plain, regions]))
+    assert len(encoded(tmp_path / "data.json", tmp_path, tmp_path / "state")) == 1
+    assert "1  it refers to regions of its picture" in capsys.readouterr().err
+
+
+def test_the_plain_format_is_picture_caption_and_newline():
+    """As LLaVA's first stage: no question, no end mark; caption and newline are learnt."""
+    tokenizer, said = Tokenizer.from_pretrained(TINY), record("<image>\nDescribe the picture.", "A large red star.")
+    ids, labels = training_data.encode_caption(said, tokenizer)
+    caption = tokenizer.encode("A large red star.\n")[1:]
+    assert tokenizer.model.id_to_piece(caption[-1]) == "<0x0A>" and tokenizer.model.id_to_piece(caption[0]).startswith("▁")
+    assert ids == [tokenizer.bos_id, tokenizer.image_id, *caption]
+    assert labels == [IGNORED, IGNORED, *caption]
+    for bad in (record("<image>\nA?", "B.", "C?", "D."), record("<image>\nWhat?", "A </s>.")):
+        with pytest.raises(ValueError):
+            training_data.encode_caption(bad, tokenizer)
+
+
+def test_a_system_sentence_of_ones_own():
+    tokenizer, said = Tokenizer.from_pretrained(TINY), record("How many?", "Two.")
+    ids, labels = training_data.encode_conversation(said, tokenizer, "bakllava", "Be short.")
+    assert ids == tokenizer.encode("Be short. USER: How many?\nASSISTANT: Two.</s>")
+    assert [label for label in labels if label != IGNORED] == tokenizer.encode("Two.</s>")[1:]
+
+
+def test_the_format_is_an_option(monkeypatch, data, tmp_path):
+    """What the run has encoded is what its options say."""
+    tokenizer = Tokenizer.from_pretrained(TINY)
+    for name, options, begins in (
+        ("style", ("--style", "bakllava", "--system", "Be short."), "Be short. USER: "),
+        ("plain", ("--stage", "1", "--format", "plain", "--data", f"{data}/align.json"), ""),
+    ):
+        with killed_run(monkeypatch) as patch:
+            run(patch, data, tmp_path / name, "--save-every", "1e-9", *options)
+        (folder,) = (tmp_path / name / "training-state").glob("encoded-*")
+        ids, _, _ = training_data.Conversations(folder, data)[0]
+        text = tokenizer.decode(ids)
+        assert text.startswith(begins) and ("\nASSISTANT: " in text) == (name == "style") and text.endswith("\n") == (name == "plain")
+
+
+def test_a_learning_rate_of_the_projectors_own(monkeypatch, data, tmp_path):
+    """One so small that it stays, while the rest learns."""
+    run(monkeypatch, data, tmp_path / "out", "--projector-lr", "1e-30")
+    before, after = (load_file(Path(folder) / "model.safetensors") for folder in (TINY, tmp_path / "out"))
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"language_model"}
+
+
+def test_dropout_is_drawn_in_training_alone_and_again_when_a_run_goes_on(monkeypatch, data, tmp_path):
+    def losses(name):
+        return [line.get("loss") or line["held_out"] for line in lines_of(tmp_path / name)]
+
+    options = ("--lora", "4", "--lora-dropout", "0.5", "--lr", "5e-2")
+    run(monkeypatch, data, tmp_path / "plain", "--lora", "4", "--lr", "5e-2", "--held-out", f"{data}/instruct.json")
+    run(monkeypatch, data, tmp_path / "dropped", *options, "--held-out", f"{data}/instruct.json")
+    with killed_run(monkeypatch, after=3) as patch:
+        run(patch, data, tmp_path / "killed", "--save-every", "1e-9", *options)
+    run(monkeypatch, data, tmp_path / "killed", *options, "--held-out", f"{data}/instruct.json")
+    assert losses("killed") == losses("dropped")
+    assert losses("dropped")[0] == losses("plain")[0] and losses("dropped")[1:] != losses("plain")[1:]  # B begins as 0
+    assert json.loads((tmp_path / "dropped" / "adapter_config.json").read_text())["lora_dropout"] == 0.5
+
+    model = Llava.from_pretrained(TINY, dtype=torch.float32)
+    add_adapter(model, 4, 8, dropout=0.5)
+    for layer in adapted(model).values():
+        torch.nn.init.normal_(layer.lora_B.weight)
+    rows = encoded(data / "instruct.json", data, tmp_path / "state", max_length=512)
+    tokenizer, processor = Tokenizer.from_pretrained(TINY), ImageProcessor.from_pretrained(TINY)
+    batches = [collate([rows[n]], processor, tokenizer.image_id, tokenizer.pad_id, 64, False) for n in range(3)]
+    model.train()
+    assert len({train.held_out_loss(model, batches, nullcontext(), Alone()) for _ in range(3)}) == 1 and model.training
+
+
+@pytest.mark.parametrize("options, name", [((), "model.safetensors"), (("--lora", "4"), "adapter_model.safetensors")])
+def test_a_checkpoint_every_so_many_steps(options, name, monkeypatch, data, tmp_path):
+    """Each whole; the one of the last step is the result; and they change nothing."""
+    run(monkeypatch, data, tmp_path / "plain", *options)
+    run(monkeypatch, data, tmp_path / "out", "--checkpoint-every", "3", *options)
+    assert {file.name for file in (tmp_path / "out").glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6"}
+    plain, out, third, sixth = (load_file(tmp_path / folder / name) for folder in ("plain", "out", "out/checkpoint-3", "out/checkpoint-6"))
+    assert all(torch.equal(plain[n], out[n]) and torch.equal(out[n], sixth[n]) for n in plain)
+    assert any(not torch.equal(out[n], third[n]) for n in plain)
+    if not options:
+        Llava.from_pretrained(tmp_path / "out" / "checkpoint-3")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--format", "plain"], "--format plain is for stage 1"),
+        (["--stage", "1", "--format", "plain", "--style", "vip"], "the plain format has neither"),
+        (["--stage", "1", "--projector-lr", "1"], "--projector-lr is for stage 2"),
+        (["--lora-dropout", "0.1"], "--lora-dropout is for an adapter"),
+        (["--lora", "4", "--lora-dropout", "1"], "LoRA has lora_dropout 1.0"),
+    ],
+)
+def test_options_that_contradict_each_other(options, message, monkeypatch, data, tmp_path):
+    with pytest.raises(SystemExit, match=message):
+        run(monkeypatch, data, tmp_path / "out", *options)
