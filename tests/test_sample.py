@@ -364,12 +364,15 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_and_status_2(mistake):
+def test_a_mistake_is_one_line_and_status_2(mistake, monkeypatch):
     arguments, words = MISTAKES[mistake]
-    status, out, err = sample(*arguments)
+    if all(isinstance(argument, str) for argument in arguments):
+        status, out, err = here(monkeypatch, *arguments)
+    else:
+        status, out, err = sample(*arguments)
     messages = [line for line in err.splitlines() if line.startswith("sample.py: ")]
     assert (status, out, len(messages)) == (2, "", 1), err
-    assert words in messages[0]
+    assert words in messages[0] and "Traceback" not in err
     assert len(err.splitlines()) <= 2  # what was loaded, and the mistake
 
 
