@@ -96,7 +96,7 @@ class ImageProcessor:
             if not path.is_file():
                 continue
             try:
-                raw = json.loads(path.read_text(encoding="utf-8"))
+                raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_null)
             except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are kinds of ValueError
                 raise ValueError(f"{path} is not valid JSON: {error}") from None
             if isinstance(raw, dict) and key is not None:
@@ -137,6 +137,11 @@ def pad_to_square(image, background):
     square = Image.new("RGB", (side, side), background)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
+
+
+def _without_null(pairs):
+    """A JSON object, in which a field that is null counts as left out."""
+    return {name: value for name, value in pairs if value is not None}
 
 
 def _positive(value):
