@@ -124,7 +124,7 @@ def pad_to_square(image, background):
 
 
 def processor_config(folder):
-    """The file with a checkpoint's image settings, and what it says. Fields that are null are left out, as if they were not there."""
+    """The file with a checkpoint's image settings, and what it says."""
     path = folder / "processor_config.json"
     raw = json_object(path).get("image_processor") if path.is_file() else None
     if raw is None:
@@ -135,17 +135,22 @@ def processor_config(folder):
         raw = json_object(path)
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds a {type(raw).__name__} for image_processor; expected a JSON object")
-    return path, {name: value for name, value in raw.items() if value is not None}
+    return path, raw
 
 
 def json_object(path):
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_null)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are kinds of ValueError
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds a {type(raw).__name__}; expected a JSON object")
     return raw
+
+
+def _without_null(pairs):
+    """A JSON object, in which a field that is null counts as left out."""
+    return {name: value for name, value in pairs if value is not None}
 
 
 def _positive(value):

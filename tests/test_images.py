@@ -521,6 +521,15 @@ def test_steps_and_factors_have_defaults(tmp_path):
     assert ImageProcessor.from_pretrained(tmp_path) == processor(112)
 
 
+def test_null_in_all_fields_at_once(tmp_path):
+    unknown = dict.fromkeys(("do_pad", "pad_size", "data_format", "device", "return_tensors"))  # as transformers 4.57 writes them
+    steps = {name: None for name in CONFIG if name not in ("size", "crop_size", "image_mean", "image_std")}
+    sizes = {"size": {"shortest_edge": 112, "height": None}, "crop_size": {"height": 112, "width": 112, "longest_edge": None}}
+    write(tmp_path, {"image_processor": None, "processor_class": "LlavaProcessor"}, "processor_config.json")
+    write(tmp_path, CONFIG | unknown | steps | sizes)
+    assert ImageProcessor.from_pretrained(tmp_path) == processor(112)
+
+
 @pytest.mark.parametrize("files", [{}, {"processor_config.json": {"processor_class": "LlavaProcessor"}}])
 def test_no_config(tmp_path, files):
     for name, config in files.items():

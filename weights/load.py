@@ -57,7 +57,7 @@ def as_stored(config, stored):
     # ViP-7B's published config says `vision_feature_layer: -2`, but its projector has the width of five layers.
     projector = stored.get("projector.linear_1.weight")
     five = projector is not None and projector.shape[-1:] == (len(VIP_LAYERS) * config.vision.hidden_size,)
-    if config.style == "vip" and len(config.vision_layers) == 1 and five:
+    if config.projector_layernorm_eps is not None and len(config.vision_layers) == 1 and five:
         config = replace(config, vision_layers=list(VIP_LAYERS))
     # A tied checkpoint may store its head too; it is tied only if the two are equal, as in transformers.
     head, embeddings = (stored.get(f"language_model.{name}.weight") for name in ("lm_head", "embed_tokens"))
