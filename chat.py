@@ -109,7 +109,7 @@ class Chat:
     def _answer(self, question, images, prompt, steps):
         """Stream one answer, and enter the turn into the conversation when it ends or its reader stops reading."""
         answer, ids = [], []
-        end = STYLES[self.model.config.style]["end"]  # "</s>" never shows, it ends the steps; ViP's "###" is plain text
+        end = STYLES[self.model.config.style].end  # "</s>" never shows, it ends the steps; ViP's "###" is plain text
 
         def recorded():
             for token in steps:

@@ -37,7 +37,7 @@ def answers(chat, questions, images, max_new_tokens=128):
     """Greedy answers to a batch of questions, each about its own picture and each alone in its conversation."""
     style, tokenizer = chat.model.config.style, chat.tokenizer
     ids, mask = padded(chat, questions)
-    rows, end = [[] for _ in questions], STYLES[style]["end"]
+    rows, end = [[] for _ in questions], STYLES[style].end
     for step in chat.model.generate(ids, chat.processor(images), mask, max_new_tokens):
         for row, token in zip(rows, step.tolist()):
             row.append(token)

@@ -34,7 +34,7 @@ def encode_conversation(record, tokenizer, style):
         answered = chat_prompt(messages, style)
         # At the beginning and after a token like "</s>" text begins anew. ViP-LLaVA's "###" is text, which the next question
         # continues: encoded on its own, it would get a space that it has not in the whole conversation.
-        anew = not done or STYLES[style]["end"] in tokenizer.specials
+        anew = not done or STYLES[style].end in tokenizer.specials
         prompt = tokenizer.encode(asked[len(done) :])[1:] if anew else tokenizer.encode_more(asked[len(done) :])
         answer = tokenizer.encode(answered[len(asked) + 1 :])[1:]  # its leading space is SentencePiece's own
         ids += prompt + answer
