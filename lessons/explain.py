@@ -33,7 +33,7 @@ def answer_ids(chat, question, images, **options):
     config = chat.model.config
     prompt = expand_images(chat.tokenizer.encode(chat.prompt(question, images)), config.image_id, config.features_per_image)
     pixels = chat.processor(images, pad=chat.pad) if images else None
-    answer, end = [], STYLES[config.style]["end"]
+    answer, end = [], STYLES[config.style].end
     for token in chat.model.generate(torch.tensor([prompt]), pixels, **options):
         answer.append(int(token))
         if end in chat.tokenizer.decode(answer):  # ViP's "###" is plain text

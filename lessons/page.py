@@ -25,7 +25,7 @@ from images import ImageProcessor
 from llava import Llava
 from sample import fail
 from tiny import marked, world
-from tokenizer import SPECIAL_LITERALS, STYLES, TURN_LITERALS, Tokenizer
+from tokenizer import SPECIAL_LITERALS, STYLES, Tokenizer
 from weights.checkpoint import checkpoint_folder
 from weights.config import LlavaConfig
 
@@ -182,7 +182,7 @@ def page(model, tokenizer, processor, examples):
     config = model.config
     data = {
         "config": asdict(config) | {"features_per_image": config.features_per_image},
-        "style": STYLES[config.style] | {"specials": SPECIAL_LITERALS, "turns": TURN_LITERALS[config.style]},
+        "style": asdict(STYLES[config.style]) | {"specials": SPECIAL_LITERALS},
         "tokenizer": vocabulary(tokenizer),
         "processor": asdict(processor),
         "examples": examples,

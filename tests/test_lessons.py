@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import import_module
 
 import pytest
@@ -126,7 +127,7 @@ def test_the_page_is_one_file_and_its_data_cannot_end_it(chat):
 
 
 def test_the_page_ends_where_the_answer_ends(chat, monkeypatch):
-    monkeypatch.setitem(STYLES["llava"], "end", "bottom")  # plain text, as ViP's "###" is
+    monkeypatch.setitem(STYLES, "llava", replace(STYLES["llava"], end="bottom"))  # plain text, as ViP's "###" is
     data = data_of(page(chat, "Where is the ring?", [open_image(PICTURE)], cells=1, max_new_tokens=20))
     assert "".join(data["answer"]).strip() == "At the bottom"
 
