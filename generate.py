@@ -6,6 +6,7 @@ also draws tokens (`sample`), takes several rows at once, and lets the device ru
 Shapes: B rows, T tokens of the prompt, D width.
 """
 
+import math
 from functools import partial
 
 import torch
@@ -69,16 +70,43 @@ def sample(logits, temperature, top_k, top_p, random):
     return (probabilities / torch.empty_like(probabilities).exponential_(generator=random)).argmax(-1)
 
 
+class Repetition:
+    """The repetition penalty (Keskar et al. 2019, https://arxiv.org/abs/1909.05858, section 4.1): what a row has said becomes less likely.
+
+    An id that stands in the row, in its prompt or in its answer, has its logit divided by the penalty if that is positive, and multiplied
+    if it is negative, so that both become smaller. As in transformers, this comes before the temperature, an id counts once however
+    often it stands there, and `<image>` and `<pad>` are ids as others are. Nothing is read back from the device.
+    """
+
+    def __init__(self, ids, vocabulary, penalty):
+        """ids: (B, T), what stands in the rows so far."""
+        self.penalty = penalty
+        self.said = torch.zeros(len(ids), vocabulary, dtype=torch.bool, device=ids.device)  # (B, vocabulary)
+        self.said.scatter_(1, ids, True)
+
+    def add(self, token):
+        """token: (B,), the next id of each row."""
+        self.said.scatter_(1, token[:, None], True)
+
+    def penalise(self, logits):
+        """(B, vocabulary) -> the same in float32."""
+        logits = logits.float()
+        less_likely = torch.where(logits < 0, logits * self.penalty, logits / self.penalty)
+        return torch.where(self.said, less_likely, logits)
+
+
 def generate(
     model, input_ids, pixel_values=None, attention_mask=None, max_new_tokens=512, temperature=0.0, top_k=None, top_p=None,
-    seed=None, eos_ids=None, cache=None,
+    seed=None, eos_ids=None, cache=None, repetition_penalty=1.0, cached_ids=None,
 ):  # fmt: skip
     """Continue each row of a batch: an iterator of (B,) ids, one for each step. Arguments and errors as in `Llava.generate`."""
-    check_options(max_new_tokens, temperature, top_k, top_p, seed)
+    check_options(max_new_tokens, temperature, top_k, top_p, seed, repetition_penalty)
     random = None if seed is None else torch.Generator(model.device).manual_seed(seed)
     choose = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, random=random)
     eos = torch.tensor(model.config.eos_ids if eos_ids is None else list(eos_ids), dtype=torch.long, device=model.device)
 
+    if attention_mask is None:
+        attention_mask = mask_of_padding(input_ids, model.config)
     inputs = prepare(model.config, model.device, model.dtype, input_ids, pixel_values, attention_mask, cache=cache)
     B, T = inputs.ids.shape
     left = room(model.config, cache) - T
@@ -89,43 +117,62 @@ def generate(
     count = min(max_new_tokens, left)
     if cache is None:
         cache = KVCache(model.config.text, B, cache_length(model.config, T + count), model.device, model.dtype)
+    repetition = None
+    if repetition_penalty != 1:
+        said = inputs.ids if cached_ids is None else torch.cat([cached_ids.to(inputs.ids), inputs.ids], dim=1)
+        repetition = Repetition(said, model.config.text.vocab_size, repetition_penalty)
     with torch.no_grad():
         x, _ = model.embed(inputs.ids, pixel_values)  # (B, T, D)
-    return tokens(model, x, inputs.mask, cache, count, choose, eos)
+    return tokens(model, x, inputs.mask, cache, count, choose, eos, repetition)
 
 
 @torch.no_grad()
-def tokens(model, x, mask, cache, count, choose, eos):
+def tokens(model, x, mask, cache, count, choose, eos, repetition=None):
     """The loop: yields (B,) ids on the host, for each of at most `count` steps, until every row has ended.
 
     x: (B, T, D), the embedded prompt; mask: (B, T) bool or None; choose: (B, vocabulary) logits -> (B,) ids; eos: ids that
-    end a row, as a tensor on the device. After the prompt nothing here waits for the device but the reading of a token,
-    and on a GPU that is one step behind.
+    end a row, as a tensor on the device; repetition: a Repetition, or None. After the prompt nothing here waits for the device
+    but the reading of a token, and on a GPU that is one step behind.
     """
-    launched = launch(model, x, mask, cache, count, choose, eos)
-    for token, alive in run_ahead(launched, x.device):
+    launched = launch(model, x, mask, cache, count, choose, eos, repetition)
+    for token, alive, finite in run_ahead(launched, x.device):
+        if not finite.wait().all():
+            raise ValueError(f"the logits are not finite: weights are damaged, or too large for {model.dtype}; try another dtype")
         yield token.wait()
         if not alive.wait().any():
             return
 
 
-def launch(model, x, mask, cache, count, choose, eos):
-    """Start the steps one after the other; of each its tokens, and which rows go on, on their way to the host."""
+def launch(model, x, mask, cache, count, choose, eos, repetition=None):
+    """Start the steps one after the other. Of each, three tensors (B,) are on their way to the host: the tokens, which rows go on, and
+    whether a row's logits were finite."""
     x = model.language_model(x, mask, cache=cache, last=True)  # prefill: (B, 1, D), as only the last position needs logits
     logits = model.language_model.lm_head(x[:, -1])  # (B, vocabulary)
-    if not logits.isfinite().all():
-        raise ValueError(f"the logits are not finite: weights are damaged, or too large for {logits.dtype}; try another dtype")
     step = fastest(model.decode_step, model.language_model, cache)
     alive = torch.ones(len(x), dtype=torch.bool, device=x.device)
     for left in reversed(range(count)):
-        token = torch.where(alive, choose(logits), model.config.pad_id)  # (B,)
+        finite = logits.sum(-1, dtype=torch.float32).isfinite() | ~alive  # one infinity or NaN makes the sum one
+        if repetition is not None:
+            logits = repetition.penalise(logits)
+        token = torch.where(alive, choose(logits), model.config.pad_id)
+        if repetition is not None:
+            repetition.add(token)
         alive = alive & ~torch.isin(token, eos)
-        yield OnItsWay(token), OnItsWay(alive)
+        yield OnItsWay(token), OnItsWay(alive), OnItsWay(finite)
         if left:
             logits = step(token, alive)  # decode: one token of each row
 
 
-def check_options(max_new_tokens, temperature, top_k, top_p, seed):
+def mask_of_padding(ids, config):
+    """The attention mask of a padded batch that came without one, as in transformers: `<pad>` is never a word. None where there is no
+    padding, or where a checkpoint pads with the token that ends an answer."""
+    padding = ids == config.pad_id
+    if config.pad_id in config.eos_ids or not padding.any():
+        return None
+    return ~padding
+
+
+def check_options(max_new_tokens, temperature, top_k, top_p, seed, repetition_penalty=1.0):
     """Raises ValueError for options of generation that make no sense."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
@@ -137,6 +184,8 @@ def check_options(max_new_tokens, temperature, top_k, top_p, seed):
         raise ValueError(f"top_p is {top_p}; expected more than 0 and at most 1")
     if seed is not None and not 0 <= seed < 2**63:
         raise ValueError(f"seed is {seed}; expected 0 to 2^63 - 1")
+    if not 0 < repetition_penalty < math.inf:
+        raise ValueError(f"repetition_penalty is {repetition_penalty}; expected more than 0: 1 changes nothing, 1.2 repeats less")
 
 
 def cache_length(config, tokens):

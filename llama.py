@@ -106,15 +106,16 @@ class Attention(nn.Module):
 
         at: a Places; cache: this layer's LayerCache, or None; maps: a list to add the attention map to, or None.
         """
-        q, k, v = self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))  # (B, H or K, T, E)
-        q, k = rotate(torch.cat([q, k], dim=1), *at.rope).split([q.shape[1], k.shape[1]], dim=1)  # both at once, for speed
+        q = self.heads(self.q_proj(x))  # (B, H, T, E)
+        k, v = self.heads(self.k_proj(x)), self.heads(self.v_proj(x))  # (B, K, T, E)
+        turned = rotate(torch.cat([q, k], dim=1), *at.rope)  # both at once: half as many kernels
+        q, k = turned.split([q.shape[1], k.shape[1]], dim=1)
         if cache is not None:
             k, v = cache.update(k, v, at.slots, at.seen)  # (B, K, S, E): those of the earlier tokens too
-        q = q[:, :, at.asking]
         if maps is None:
-            out = self.attend(q, k, v, at.mask)
+            out = self.attend(q[:, :, at.asking], k, v, at.mask)
         else:
-            out, weights = naive_attention(q, k, v, at.mask)
+            out, weights = naive_attention(q[:, :, at.asking], k, v, at.mask)
             maps.append(weights)
         return self.o_proj(out.transpose(1, 2).flatten(-2))  # (B, T, D)
 

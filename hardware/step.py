@@ -4,6 +4,7 @@ A decode step is a function (token, alive, cache) -> logits of fixed shapes, whi
 back. So a GPU can record it once and replay it (`Graph`), and torch.compile can compile it as it stands (`compiled`).
 """
 
+import sys
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -56,15 +57,25 @@ class Graph:
     """A decode step captured as a CUDA graph: the host launches all of its kernels as one.
 
     The graph reads and writes fixed addresses, so it belongs to one cache, and every turn and prompt in that cache replays it.
-    It is captured at the first step.
+    It is captured at the first step. Where that fails, for whatever reason, the steps run one by one as they are.
     """
 
     def __init__(self, source):
-        self.source, self.graph = source, None
+        self.source, self.graph, self.failed = source, None, False
 
     def __call__(self, token, alive, cache):
-        if self.graph is None:
-            self.capture(token, alive, cache)
+        if self.graph is None and not self.failed:
+            length, real = cache.length.clone(), cache.real.clone()
+            try:
+                self.capture(token, alive, cache)
+            except RuntimeError as error:  # CUDA's errors are RuntimeErrors
+                self.failed = True
+                reason = str(error).strip().partition("\n")[0]
+                print(f"the decode step could not be captured as a CUDA graph ({reason}); it runs without one, slower", file=sys.stderr)
+            cache.length.copy_(length), cache.real.copy_(real)  # as if capturing had not been; its slot is written again
+        if self.failed:
+            step, _ = self.source
+            return step(token, alive, cache)
         self.token.copy_(token)
         self.alive.copy_(alive)
         self.graph.replay()
@@ -73,7 +84,6 @@ class Graph:
     def capture(self, token, alive, cache):
         step, _ = self.source
         self.token, self.alive = token.clone(), alive.clone()
-        length, real = cache.length.clone(), cache.real.clone()
         with torch.cuda.device(token.device):
             # A first run outside the graph, on a stream of its own: libraries set themselves up, torch.compile compiles.
             stream = torch.cuda.Stream()
@@ -81,7 +91,6 @@ class Graph:
             with torch.cuda.stream(stream):
                 step(self.token, self.alive, cache)
             torch.cuda.current_stream().wait_stream(stream)
-            cache.length.copy_(length), cache.real.copy_(real)  # as if it had not been; its slot is written again
             graph = torch.cuda.CUDAGraph()
             # On this stream, which is on this device: without one PyTorch would take the stream of the process's first capture.
             with torch.cuda.graph(graph, stream=stream):  # recorded, not run

@@ -20,6 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import sample
+from chat import log_probabilities as chat_log_probabilities
 from lessons.trace import spelling
 from tokenizer import STYLES, expand_images
 
@@ -61,11 +62,9 @@ def lens(chat, prompt, pixels, patches):
     return torch.stack([one.indices for one in best]).cpu(), torch.stack([one.values for one in best]).cpu()
 
 
-@torch.no_grad()
 def log_probabilities(chat, prompt, answer, pixels):
     """Of each token of the answer, given the prompt, the picture and the tokens before it: (answer,)."""
-    logits = chat.model(torch.tensor([prompt + answer]), pixels).logits[0, len(prompt) - 1 : -1].float()
-    return logits.log_softmax(-1)[range(len(answer)), answer].cpu()
+    return chat_log_probabilities(chat.model, [prompt], [answer], pixels)[0]
 
 
 def occlusion_maps(chat, prompt, answer, pixels, cells):

@@ -169,6 +169,23 @@ def test_a_graph_of_other_weights_is_captured_anew(change, fake_cuda, monkeypatc
     assert torch.equal(changed, generated(model, dict(input_ids=ids, cache=other), max_new_tokens=5)) and len(fake_cuda.streams) == 3
 
 
+def test_where_capturing_fails_the_answer_is_given_all_the_same(fake_cuda, monkeypatch, capsys):
+    model, reference = load("llava")
+    expected = generated(model, prompt(reference), max_new_tokens=40)
+
+    @contextmanager
+    def refuse(graph, stream=None):
+        yield
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nCompile with …")
+
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    monkeypatch.setattr(generate, "fastest", step.captured)
+    (first, _), (second, _) = captured_generation(model, reference, "cpu")
+    assert torch.equal(first, expected) and torch.equal(second, expected)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "operation not permitted" in said and "slower" in said
+
+
 def test_a_graph_goes_with_its_cache(fake_cuda):
     model, _ = load("llava")
     cache = KVCache(model.config.text, 1, 20)
@@ -198,7 +215,8 @@ def test_no_step_after_the_first_reads_from_the_device(options, monkeypatch):
     x, _ = model.embed(reference["text_ids"])
     cache = KVCache(model.config.text, 1, 40)
     choose = partial(generate.sample, **ALL | options, random=random)
-    launched = generate.launch(model, x, None, cache, 4, choose, torch.tensor([2]))
+    repetition = generate.Repetition(reference["text_ids"], model.config.text.vocab_size, 1.2)
+    launched = generate.launch(model, x, None, cache, 4, choose, torch.tensor([2]), repetition)
     with torch.no_grad():
         next(launched)
         with NoReading():
