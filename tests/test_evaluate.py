@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -372,3 +373,29 @@ def test_submissions(tmp_path, monkeypatch):
 
 def test_pictures_are_opened_upright():
     assert open_image("tiny/example.png").size == Question(1, "", ["example.png"], "").pictures("tiny")[0].size
+
+
+def test_the_adapter_of_the_page(monkeypatch, chat):
+    """The adapter for lmms-eval in docs/evaluate.md, with stand-ins for lmms-eval's class and requests."""
+
+    class Base:
+        def __init__(self):
+            self.task_dict = {"task": {"test": [{"picture": Image.open("tiny/example.png")}]}}
+
+    module = types.ModuleType("lmms_eval.api.model")
+    module.lmms = Base
+    for name in ("lmms_eval", "lmms_eval.api"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "lmms_eval.api.model", module)
+    code = (ROOT / "docs/evaluate.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    names = {}
+    exec(code, names)
+    model = names["LlavaPy"]("tiny/llava", device="cpu", batch_size="2")
+    asked = [("<image>\nWhat is this?", 8), ("Describe it.", 8), ("What is this?", 4)]
+    requests = [
+        types.SimpleNamespace(args=(text, {"max_new_tokens": length}, lambda document: [document["picture"]], 0, "task", "test"))
+        for text, length in asked
+    ]
+    answers = model.generate_until(requests)
+    assert len(answers) == 3 and answers[0].startswith(answers[2]) and all(answers)
+    assert len(code.splitlines()) <= 60
