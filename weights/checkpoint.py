@@ -56,8 +56,11 @@ def published_name(name):
     return next(new + name.removeprefix(old) for old, new in TO_PUBLISHED if name.startswith(old))
 
 
-def checkpoint_folder(folder_or_hub_name):
-    """The local folder of a checkpoint, fetched from the Hugging Face hub if it is a name there, like "llava-hf/llava-1.5-7b-hf"."""
+def checkpoint_folder(folder_or_hub_name, *more):
+    """The local folder of a checkpoint, fetched from the Hugging Face hub if it is a name there, like "llava-hf/llava-1.5-7b-hf".
+
+    more: patterns of files to fetch beside the usual ones, like "*.bin".
+    """
     name = str(folder_or_hub_name)
     if Path(name).is_dir():
         return Path(name)
@@ -70,7 +73,7 @@ def checkpoint_folder(folder_or_hub_name):
     except ImportError:
         raise FileNotFoundError(f"{name}: no such folder; to fetch it from the hub, pip install huggingface_hub") from None
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.model", "*.safetensors"]))
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.model", "*.safetensors", *more]))
     except Exception as error:  # of the network, the hub or the disk, in the types of several libraries
         reason = " ".join(str(error).split()) or repr(error)
         raise FileNotFoundError(f"{name}: no such folder, and it could not be fetched from the hub: {reason}") from None
