@@ -130,9 +130,10 @@ def read_headers(folder, file="model.safetensors"):
     return stored
 
 
-def fill(model, stored, device, dtype, quantizers=None, copy=False):
+def fill(model, stored, device, dtype, quantizers=None, copy=False, keep=()):
     """Give a model on the meta device its parameters, one at a time, each straight to its device and type. dtype None: the type
-    that the word embeddings are stored in. Buffers, which only quantised layers have, keep their types.
+    that the word embeddings are stored in. Buffers, which only quantised layers have, and the names in `keep` have the types that
+    they are stored in.
 
     quantizers: {name of a weight: a function of it that makes the module to put in its layer's place}.
     copy: also what changes neither device nor type. It stays in its file otherwise, which the system maps into memory.
@@ -169,7 +170,9 @@ def fill(model, stored, device, dtype, quantizers=None, copy=False):
     for name in tqdm(shapes, desc="loading", unit="tensor", delay=1, disable=None):
         module, _, leaf = name.rpartition(".")
         # Cast where it is: there the memory is faster.
-        tensor = stored[name].read(device).to(device, None if name in buffers else dtype, copy=copy and name not in quantizers)
+        tensor = (
+            stored[name].read(device).to(device, None if name in buffers or name in keep else dtype, copy=copy and name not in quantizers)
+        )
         if name in quantizers:
             model.set_submodule(module, quantizers[name](tensor))
         else:
