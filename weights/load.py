@@ -14,6 +14,7 @@ from hardware.device import SMALL
 from llama import RMSNorm, attention
 from weights.checkpoint import checkpoint_folder, fill, read_headers
 from weights.config import VIP_LAYERS, LlavaConfig
+from weights.memory import weight_bytes
 from weights.quantize import FILE, QuantizedLinear, put_quantized, quantizers
 
 
@@ -48,6 +49,16 @@ def kept(model, stored, device, dtype):
         return set()
     names = {f"{name}.weight" for name, layer in model.named_modules() if type(layer) is nn.Linear}
     return {name for name in names if name in stored and stored[name].kind in ("F16", "BF16")}
+
+
+def loaded_bytes(cls, folder, config, device, dtype, scheme=None):
+    """What the weights of the checkpoint in a folder will take on the device."""
+    model = outline(cls, config, scheme)
+    weights = weight_bytes(model, dtype)
+    if dtype == torch.float32 and not config.quantized and has_kernels(model, device):
+        for name in kept(model, read_headers(folder), device, dtype):
+            weights -= 2 * model.get_parameter(name).numel()  # of 4 bytes 2 are stored
+    return weights
 
 
 def outline(cls, config, scheme=None):
