@@ -170,9 +170,8 @@ def test_a_stub_does_not_pass():
 
 
 def test_an_exercise_that_needs_numba_says_so():
-    code = (
-    code = "import sys, runpy; sys.modules['numba'] = None; sys.argv[1:] = ['13']; runpy.run_module('lessons.exercises', None, '__main__')"
-    )
+    run = "runpy.run_module('lessons.exercises', run_name='__main__')"
+    code = f"import sys, runpy; sys.modules['numba'] = None; sys.argv = ['', '13']; {run}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and done.stderr == "Exercise 13 needs numba: pip install numba\n"
 
