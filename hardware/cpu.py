@@ -25,14 +25,24 @@ def has_kernels():
     return find_spec("numba") is not None and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
-def kernels():
-    """The module of kernels, with as many threads as PyTorch has. It compiles each at the first call, and keeps it in a file."""
+@cache
+def start_kernels():
+    """Load numba and the kernels. numba's start gives all cores to the OpenMP that PyTorch uses too, so PyTorch's number is set again."""
+    threads = torch.get_num_threads()
     import numba
 
     from hardware import kernels
 
+    numba.set_num_threads(1)  # starts it
+    torch.set_num_threads(threads)
+    return numba, kernels
+
+
+def kernels():
+    """The module of kernels, with as many threads as PyTorch has. It compiles each at the first call, and keeps it in a file."""
+    numba, module = start_kernels()
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-    return kernels
+    return module
 
 
 def array(tensor):

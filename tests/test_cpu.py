@@ -57,6 +57,14 @@ def threads(request):
     torch.set_num_threads(1)
 
 
+def test_numba_takes_as_many_threads_as_pytorch():
+    pytest.importorskip("numba")
+    code = "import torch; torch.set_num_threads(1); from hardware import cpu; cpu.kernels(); import numba; "
+    code += "print(torch.get_num_threads(), numba.get_num_threads())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["1", "1"], done.stderr
+
+
 # One row
 
 
