@@ -33,7 +33,7 @@ def quantize(source, out, scheme):
     tensors = {published_name(name): parameter for name, parameter in model.named_parameters()}
     for name, layer in model.named_modules():
         if isinstance(layer, QuantizedLinear):
-            tensors |= {published_name(f"{name}.weight"): layer.packed(2), published_name(f"{name}.scales"): layer.scales}
+            tensors |= {published_name(f"{name}.weight"): layer.packed(2), published_name(f"{name}.scales"): layer.scales.contiguous()}
     write_checkpoint(tensors, source, out, FILE, {"quantization_config": {"quant_method": "llava.py", "scheme": scheme}})
 
 

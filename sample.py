@@ -27,7 +27,7 @@ from tokenizer import STYLES
 from training.lora import load_adapter, refuse_merged
 from weights.checkpoint import checkpoint_folder
 from weights.config import LlavaConfig
-from weights.load import outline, suit
+from weights.load import loaded_bytes, outline, suit
 from weights.memory import cache_bytes, size, weight_bytes, worth_copying
 from weights.quantize import GROUPS
 
@@ -136,11 +136,14 @@ def load(args, pictures, processes=None):
         raise ValueError("--compile, --adapter and quantised weights are for one process; convert.py makes a checkpoint for several")
 
     shares = 1 if processes is None else processes.size
-    weights = weight_bytes(outline(Llava, config, scheme), dtype)
+    if processes is None:
+        weights = loaded_bytes(Llava, folder, config, device, dtype, scheme)
+    else:  # a share of each weight, in dtype
+        weights = weight_bytes(outline(Llava, config), dtype)
     cache = announce(args, config, parameters, device, dtype, scheme, weights, pictures, shares)
     check_memory(config, device, dtype, scheme, weights, cache, shares)
     if processes is None:
-        chat = Chat.from_pretrained(folder, device, dtype, args.quantize, mapped=not worth_copying(parameters * dtype.itemsize))
+        chat = Chat.from_pretrained(folder, device, dtype, args.quantize, mapped=not worth_copying(weights))
     else:
         from weights.shares import split  # here for the same reason as Processes below
 

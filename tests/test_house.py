@@ -24,7 +24,7 @@ MAY["evaluate"] |= {"benchmarks"}
 ROOMS = {*MAY}
 MAY["tiny"] = ROOMS
 MAY["lessons"] = MAY["bench"] = ROOMS | {"tiny"}
-OPTIONAL = {"transformers", "peft", "huggingface_hub", "matplotlib", "torchvision", "accelerate", "openpyxl"}
+OPTIONAL = {"transformers", "peft", "huggingface_hub", "matplotlib", "torchvision", "accelerate", "openpyxl", "numba"}
 
 FILES = [path for path in Path(".").glob("*.py")] + [path for room in MAY for path in Path(room).rglob("*.py")]
 MODULES = {".".join(path.with_suffix("").parts): path for path in FILES}
@@ -62,6 +62,6 @@ def test_no_circle():
     assert not arrows
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path.parts[0] != "bench"], ids=str)
+@pytest.mark.parametrize("path", [path for path in FILES if path.parts[0] != "bench" and path.stem != "kernels"], ids=str)
 def test_optional_packages_are_imported_where_they_are_used(path):
     assert not {name.split(".")[0] for name in imports(path, nested=False)} & (OPTIONAL | {"tests"})

@@ -245,9 +245,10 @@ def refuse(found):
     raise ValueError(f"config.json and the weights disagree. {'. '.join(sentences)}{where}")
 
 
-def fill(model, stored, device, dtype, quantizers=None, copy=False):
+def fill(model, stored, device, dtype, quantizers=None, copy=False, keep=()):
     """Give a model on the meta device its parameters, one at a time, each straight to its device and type. dtype None: the type
-    that the word embeddings are stored in. Buffers, which only quantised layers have, keep their types.
+    that the word embeddings are stored in. Buffers, which only quantised layers have, and the names in `keep` have the types that
+    they are stored in.
 
     quantizers: {name of a weight: a function of it that makes the module to put in its layer's place}.
     copy: also what changes neither device nor type. It stays in its file otherwise, which the system maps into memory.
@@ -267,7 +268,8 @@ def fill(model, stored, device, dtype, quantizers=None, copy=False):
         elif name in packed:
             setattr(model.get_submodule(parent), leaf, tensor.to(device, copy=copy))
         else:
-            parameter = nn.Parameter(tensor.to(device, dtype, copy=copy), requires_grad=False)
+            kept = None if name in keep else dtype
+            parameter = nn.Parameter(tensor.to(device, kept, copy=copy), requires_grad=False)
             setattr(model.get_submodule(parent), leaf, parameter)
 
 
