@@ -291,7 +291,7 @@ def test_the_two_forms_of_rms_norm_are_the_same():
 def test_cudnn_attention_is_off_on_a_gpu(monkeypatch):
     from weights import load as loading
 
-    monkeypatch.setattr(loading, "fill", lambda model, *arguments, copy: None)
+    monkeypatch.setattr(loading, "fill", lambda model, *arguments, copy, keep: None)
     torch.backends.cuda.enable_cudnn_sdp(True)
     load("llava")
     assert torch.backends.cuda.cudnn_sdp_enabled()
