@@ -154,9 +154,17 @@ def load(args, pictures, processes=None):
         load_adapter(chat.model, args.adapter)
         refuse_merged(folder, args.adapter)
     chat.style, chat.system, chat.pad = args.style or chat.style, args.system, args.pad
+    tell_of_template(folder, chat.style)
     if args.compile:
         chat.model.decode_step = compiled(chat.model.decode_step, device)
     return chat
+
+
+def tell_of_template(folder, style):
+    """One line if the checkpoint brings a chat template of another format than the style's: templates are not run here."""
+    path = folder / "chat_template.jinja"
+    if path.is_file() and STYLES[style].assistant.strip() not in path.read_text(encoding="utf-8", errors="replace"):
+        print(f"{path} is another format than {style!r}; it is not used: --style takes one of {', '.join(STYLES)}", file=sys.stderr)
 
 
 def announce(args, config, parameters, device, dtype, scheme, weights, pictures, shares):

@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -468,3 +469,17 @@ def test_an_unknown_error_is_not_hidden():
     with pytest.raises(RuntimeError, match="something else"):
         module.advice(RuntimeError("something else"))
     assert "gcc" in module.advice(RuntimeError("Failed to find C compiler. Please specify via CC environment variable"))
+
+
+@pytest.mark.parametrize(
+    "template, told",
+    [
+        ("{{ message['role'].upper() + ': ' }}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}", False),
+        ("<|im_start|>{{ message['role'] }}", True),
+    ],
+)
+def test_a_chat_template_of_another_format_is_spoken_of(tmp_path, template, told):
+    folder = shutil.copytree("tiny/llava", tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(template)
+    status, out, err = sample("--model", str(folder), "--image", "tiny/example.png", "How many things are there?")
+    assert (status, out) == (0, "Four.\n") and ("chat_template.jinja" in err) == told and err.count("chat_template.jinja") <= 1
