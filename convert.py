@@ -25,6 +25,7 @@ from weights import original
 from weights.checkpoint import checkpoint_folder, published_name, read_json, save_checkpoint, write_checkpoint, write_tensors
 from weights.config import LlavaConfig
 from weights.quantize import FILE, GROUPS, QuantizedLinear
+from weights.settings import write_settings
 
 
 def quantize(source, out, scheme):
@@ -59,7 +60,7 @@ def convert_model(settings, language, projector, clip, out):
     words = next(tensor for name, tensor in original.read_tensors(language) if name == "model.embed_tokens.weight")
     config = original.published_config(settings, read_json(language / "config.json"), clip, words.dtype)
     out.mkdir(parents=True)
-    original.write_settings(out, config, tokenizer_model(language))
+    write_settings(out, config, tokenizer_model(language))
     LlavaConfig.from_pretrained(out)  # raises for what these models cannot have, before the weights are written
     original.write_shards(model_tensors(config, words.dtype, language, projector, clip), out)
     Llava.from_pretrained(out)  # raises if a tensor is missing or of a wrong shape; the weights stay in their files
