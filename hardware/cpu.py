@@ -97,17 +97,6 @@ def row_times_8_bits(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor
     return (y * scales).to(x.dtype)
 
 
-@opaque(lambda x, weight, scales: x.new_empty(1, 2 * len(weight)))
-def row_times_4_bits(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """With w ≈ scale · (q − 8) + zero. weight: q, two rows to a byte, (N / 2, K, 1) uint8; scales: scales and zeros (K / group, N, 2), in
-    memory (N, K / group, 2)."""
-    x32 = x[0].float()
-    sums = x32.view(-1, 64).sum(1)
-    y = torch.empty(1, 2 * len(weight))
-    kernels().four_bits_times_vector(array(weight[..., 0]), array(scales.transpose(0, 1)), array(x32), array(sums), array(y[0]))
-    return y.to(x.dtype)
-
-
 @opaque(lambda q, k, v, mask: torch.empty_like(q))
 def attention_of_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Attention of one token a row, by the kernel: it reads keys and values once, in the type that they have.

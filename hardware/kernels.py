@@ -8,21 +8,20 @@ them, the faster the step. Four things decide whether such a loop is fast:
 - All cores work: `prange` deals the rows out to them.
 - A core multiplies 8 or 16 numbers at once. The compiler arranges that only if it may add in another order than the loop's
   (`reassoc`). `fastmath=True` would allow more than that: to assume that there are no infinities and no NaN.
-- Integers stay small. numba makes 64 bits of whatever an operation on integers gives, and then nothing is done 16 at once. So each
-  result is cast back, and `number` turns the bits of a weight into a float32 without a detour.
+- Integers stay small. numba makes 64 bits of whatever an operation on integers gives, and then nothing is done 16 at once. So `number`
+  turns the bits of a weight into a float32 without a detour.
 - Two rows at a time, from two places of the matrix: the core fetches ahead in both, and takes each x[k] once for two products.
 
-Shapes: N outputs of a layer, K inputs, G groups of inputs that share a scale; S slots of a KV cache, E width of a head.
+Shapes: N outputs of a layer, K inputs; S slots of a KV cache, E width of a head.
 """
 
 import numpy as np
 from llvmlite import ir
 from numba import njit, prange, types
 from numba.extending import intrinsic
-from numpy import float32, uint8
+from numpy import float32
 
 kernel = njit(parallel=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
-BLOCK = 64  # weights of 4 bits that share a sum; a group has as many or more
 
 
 @intrinsic
@@ -38,8 +37,6 @@ def number(context, bits):
             return builder.fpext(builder.bitcast(bits, ir.HalfType()), ir.FloatType())
         if kind == types.int8:
             return builder.sitofp(bits, ir.FloatType())
-        if kind == types.uint8:
-            return builder.uitofp(bits, ir.FloatType())
         return bits  # float32 already
 
     return types.float32(bits), code
@@ -57,29 +54,6 @@ def matrix_times_vector(w, x, y):
             sum1 += number(row[k]) * x[k]
             sum2 += number(row2[k]) * x[k]
         y[r], y[r2] = sum1, sum2
-
-
-@kernel
-def four_bits_times_vector(w, grids, x, sums, y):
-    """y[n] = Σ_g scale[n, g] · Σ_k∈g (q[n, k] − 8) · x[k] + zero[n, g] · Σ_k∈g x[k], where q is 0 … 15.
-
-    w: (N / 2, K) bytes, which hold q of row 2i in their low four bits and of row 2i + 1 in the high ones; grids: (N, G, 2), scale and
-    zero in bfloat16; x: (K,); sums: (K / 64,), those of 64 neighbours of x, which all rows need.
-    """
-    group = len(x) // grids.shape[1]
-    for pair in prange(len(w)):
-        row, low, high = w[pair], grids[2 * pair], grids[2 * pair + 1]
-        sum1 = sum2 = float32(0)
-        for block in range(len(sums)):
-            dot1 = dot2 = float32(0)
-            for k in range(BLOCK):  # a constant: the compiler writes the loop out
-                both, factor = row[block * BLOCK + k], x[block * BLOCK + k]
-                dot1 += number(uint8(both & uint8(15))) * factor
-                dot2 += number(uint8(both >> uint8(4))) * factor
-            g, total = block * BLOCK // group, sums[block]
-            sum1 += number(low[g, 0]) * (dot1 - 8 * total) + number(low[g, 1]) * total
-            sum2 += number(high[g, 0]) * (dot2 - 8 * total) + number(high[g, 1]) * total
-        y[2 * pair], y[2 * pair + 1] = sum1, sum2
 
 
 @kernel

@@ -16,7 +16,6 @@ from hardware.cpu import (
     SixteenBitLinear,
     attention_in_two_products,
     attention_of_one,
-    row_times_4_bits,
     row_times_8_bits,
     row_times_16_bits,
 )
@@ -89,15 +88,6 @@ def test_a_row_times_8_bits_is_that_of_float64(N, K, threads):
 
 
 @NUMBA
-@pytest.mark.parametrize("N, K, scheme", [(2, 64, "int4"), (30, 192, "int4"), (66, 384, "int4-128"), (514, 704, "int4")])
-def test_a_row_times_4_bits_is_that_of_float64(N, K, scheme, threads):
-    layer, x = QuantizedLinear.of(random(N, K), scheme), random(1, K, seed=1)
-    expected = x.double() @ dequantize(layer.weight, layer.scales, torch.float64).T
-    scales = layer.scales.transpose(0, 1).contiguous().transpose(0, 1)
-    assert (row_times_4_bits(x, layer.packed(2), scales) - expected).abs().max() < 1e-5 * expected.abs().max()
-
-
-@NUMBA
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_stays_so(value):
     for dtype in (torch.bfloat16, torch.float16):
@@ -105,11 +95,9 @@ def test_what_is_not_finite_stays_so(value):
         weight[3, 7] = value
         y = row_times_16_bits(x, weight)
         torch.testing.assert_close(y, x @ weight.float().T, equal_nan=True)
-    for scheme, row in (("int8", row_times_8_bits), ("int4", row_times_4_bits)):
-        layer, x = QuantizedLinear.of(random(4, 64), scheme), random(1, 64, seed=1)
-        x[0, 5] = value
-        scales = layer.scales.transpose(0, 1).contiguous().transpose(0, 1) if scheme == "int4" else layer.scales
-        assert not row(x, layer.packed(2), scales).isfinite().any()
+    layer, x = QuantizedLinear.of(random(4, 64), "int8"), random(1, 64, seed=1)
+    x[0, 5] = value
+    assert not row_times_8_bits(x, layer.weight, layer.scales).isfinite().any()
 
 
 @NUMBA
@@ -271,10 +259,9 @@ def test_quantised_layers_get_their_kernel(scheme, capability, numba, monkeypatc
         context.setattr(loading, "SMALL", 1e9)
         plain = Llava.from_pretrained("tiny/llava", dtype=torch.float32, quantize=scheme)
     model = Llava.from_pretrained("tiny/llava", dtype=torch.float32, quantize=scheme)
-    four = row_times_4_bits if capability == "AVX2" and scheme == "int4" else None
     block = model.language_model.layers[0]
     assert model.language_model.lm_head.one_row is row_times_8_bits
-    assert block.mlp.up_proj.one_row is (row_times_8_bits if scheme == "int8" else four)
+    assert block.mlp.up_proj.one_row is (row_times_8_bits if scheme == "int8" else None)
     for name, layer in model.named_modules():
         if isinstance(layer, QuantizedLinear):
             other = plain.get_submodule(name)

@@ -128,21 +128,12 @@ def suit_cpu(model, kernels):
     for name, layer in list(model.named_modules()):
         if type(layer) is nn.Linear and layer.weight.dtype in kinds:
             model.set_submodule(name, cpu.SixteenBitLinear(layer, one_row))
-        if isinstance(layer, QuantizedLinear) and kernels:
-            suit_quantized(layer)
+        if kernels and isinstance(layer, QuantizedLinear) and layer.weight.dtype == torch.int8:  # in 4 bits PyTorch's own is as fast
+            layer.one_row = cpu.row_times_8_bits
     if kernels or model.dtype == torch.bfloat16:
         attend = cpu.attention_of_one if kernels else cpu.attention_in_two_products
         for block in model.language_model.layers:
             block.self_attn.attend = partial(one_query_apart, attend)
-
-
-def suit_quantized(layer):
-    """The kernel for one row where it is the faster: in 8 bits everywhere, in 4 bits where PyTorch's own has no AVX-512."""
-    if layer.weight.dtype == torch.int8:
-        layer.one_row = cpu.row_times_8_bits
-    elif layer.in_features // len(layer.scales) % 64 == 0 and torch.backends.cpu.get_cpu_capability() == "AVX2":
-        layer.weight, layer.one_row = layer.packed(2), cpu.row_times_4_bits
-        layer.scales = layer.scales.transpose(0, 1).contiguous().transpose(0, 1)  # in memory those of a row lie together
 
 
 def one_query_apart(attend, q, k, v, mask):

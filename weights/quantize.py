@@ -136,11 +136,6 @@ class Int4:
 
     @staticmethod
     def dequantize(weight, scales, dtype):
-        if weight.shape[2] == 1:  # two rows to a byte: what they hold lies in the order of the result
-            q = torch.stack([weight[..., 0] & 15, weight[..., 0] >> 4], 1).view(torch.int8).sub_(8).to(dtype)  # (N / 2, 2, K)
-            scales, zeros = scales.to(dtype).permute(2, 1, 0).unsqueeze(-1)  # (N, K / group, 1) each
-            q = q.view(*scales.shape[:2], -1)
-            return torch.addcmul(zeros, q, scales, out=q).flatten(1)
         q = unpack(weight).T.view(torch.int8).sub_(8).to(dtype).view(len(scales), -1, scales.shape[1])  # (K / group, group, N)
         scales, zeros = scales.to(dtype).permute(2, 0, 1).contiguous()[:, :, None]  # (K / group, 1, N), each in one piece
         return torch.addcmul(zeros, q, scales, out=q).flatten(0, 1).T
