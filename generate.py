@@ -70,12 +70,37 @@ def sample(logits, temperature, top_k, top_p, random):
     return (probabilities / torch.empty_like(probabilities).exponential_(generator=random)).argmax(-1)
 
 
+class Repetition:
+    """The repetition penalty (Keskar et al. 2019, https://arxiv.org/abs/1909.05858, section 4.1): what a row has said becomes less likely.
+
+    An id that stands in the row, in its prompt or in its answer, has its logit divided by the penalty if that is positive, and multiplied
+    if it is negative, so that both become smaller. As in transformers, this comes before the temperature, an id counts once however
+    often it stands there, and `<image>` and `<pad>` are ids as others are. Nothing is read back from the device.
+    """
+
+    def __init__(self, ids, vocabulary, penalty):
+        """ids: (B, T), what stands in the rows so far."""
+        self.penalty = penalty
+        self.said = torch.zeros(len(ids), vocabulary, dtype=torch.bool, device=ids.device)  # (B, vocabulary)
+        self.said.scatter_(1, ids, True)
+
+    def add(self, token):
+        """token: (B,), the next id of each row."""
+        self.said.scatter_(1, token[:, None], True)
+
+    def penalise(self, logits):
+        """(B, vocabulary) -> the same in float32."""
+        logits = logits.float()
+        less_likely = torch.where(logits < 0, logits * self.penalty, logits / self.penalty)
+        return torch.where(self.said, less_likely, logits)
+
+
 def generate(
     model, input_ids, pixel_values=None, attention_mask=None, max_new_tokens=512, temperature=0.0, top_k=None, top_p=None,
-    seed=None, eos_ids=None, cache=None,
+    seed=None, eos_ids=None, cache=None, repetition_penalty=1.0, cached_ids=None,
 ):  # fmt: skip
     """Continue each row of a batch: an iterator of (B,) ids, one for each step. Arguments and errors as in `Llava.generate`."""
-    check_options(max_new_tokens, temperature, top_k, top_p, seed)
+    check_options(max_new_tokens, temperature, top_k, top_p, seed, repetition_penalty)
     random = None if seed is None else torch.Generator(model.device).manual_seed(seed)
     choose = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, random=random)
     eos = torch.tensor(model.config.eos_ids if eos_ids is None else list(eos_ids), dtype=torch.long, device=model.device)
@@ -92,20 +117,24 @@ def generate(
     count = min(max_new_tokens, left)
     if cache is None:
         cache = KVCache(model.config.text, B, cache_length(model.config, T + count), model.device, model.dtype)
+    repetition = None
+    if repetition_penalty != 1:
+        said = inputs.ids if cached_ids is None else torch.cat([cached_ids.to(inputs.ids), inputs.ids], dim=1)
+        repetition = Repetition(said, model.config.text.vocab_size, repetition_penalty)
     with torch.no_grad():
         x, _ = model.embed(inputs.ids, pixel_values)  # (B, T, D)
-    return tokens(model, x, inputs.mask, cache, count, choose, eos)
+    return tokens(model, x, inputs.mask, cache, count, choose, eos, repetition)
 
 
 @torch.no_grad()
-def tokens(model, x, mask, cache, count, choose, eos):
+def tokens(model, x, mask, cache, count, choose, eos, repetition=None):
     """The loop: yields (B,) ids on the host, for each of at most `count` steps, until every row has ended.
 
     x: (B, T, D), the embedded prompt; mask: (B, T) bool or None; choose: (B, vocabulary) logits -> (B,) ids; eos: ids that
-    end a row, as a tensor on the device. After the prompt nothing here waits for the device but the reading of a token,
-    and on a GPU that is one step behind.
+    end a row, as a tensor on the device; repetition: a Repetition, or None. After the prompt nothing here waits for the device
+    but the reading of a token, and on a GPU that is one step behind.
     """
-    launched = launch(model, x, mask, cache, count, choose, eos)
+    launched = launch(model, x, mask, cache, count, choose, eos, repetition)
     for token, alive, totals in run_ahead(launched, x.device):
         if not all(map(math.isfinite, totals.wait().tolist())):
             raise ValueError(f"the logits are not finite: weights are damaged, or too large for {model.dtype}; try another dtype")
@@ -114,7 +143,7 @@ def tokens(model, x, mask, cache, count, choose, eos):
             return
 
 
-def launch(model, x, mask, cache, count, choose, eos):
+def launch(model, x, mask, cache, count, choose, eos, repetition=None):
     """Start the steps one after the other. Of each, three tensors (B,) are on their way to the host: the tokens, which rows go on, and
     the sums of the logits, which a single infinity or NaN among them makes infinite or NaN."""
     x = model.language_model(x, mask, cache=cache, last=True)  # prefill: (B, 1, D), as only the last position needs logits
@@ -123,7 +152,11 @@ def launch(model, x, mask, cache, count, choose, eos):
     alive = torch.ones(len(x), dtype=torch.bool, device=x.device)
     for left in reversed(range(count)):
         totals = torch.where(alive, logits.sum(-1, dtype=torch.float32), 0.0)
+        if repetition is not None:
+            logits = repetition.penalise(logits)
         token = torch.where(alive, choose(logits), model.config.pad_id)
+        if repetition is not None:
+            repetition.add(token)
         alive = alive & ~torch.isin(token, eos)
         yield OnItsWay(token), OnItsWay(alive), OnItsWay(totals)
         if left:
@@ -139,7 +172,7 @@ def mask_of_padding(ids, config):
     return ~padding
 
 
-def check_options(max_new_tokens, temperature, top_k, top_p, seed):
+def check_options(max_new_tokens, temperature, top_k, top_p, seed, repetition_penalty=1.0):
     """Raises ValueError for options of generation that make no sense."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
@@ -151,6 +184,8 @@ def check_options(max_new_tokens, temperature, top_k, top_p, seed):
         raise ValueError(f"top_p is {top_p}; expected more than 0 and at most 1")
     if seed is not None and not 0 <= seed < 2**63:
         raise ValueError(f"seed is {seed}; expected 0 to 2^63 - 1")
+    if not 0 < repetition_penalty < math.inf:
+        raise ValueError(f"repetition_penalty is {repetition_penalty}; expected more than 0: 1 changes nothing, 1.2 repeats less")
 
 
 def cache_length(config, tokens):

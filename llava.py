@@ -132,7 +132,7 @@ class Llava(nn.Module):
 
     def generate(
         self, input_ids, pixel_values=None, attention_mask=None, max_new_tokens=512, temperature=0.0, top_k=None, top_p=None,
-        seed=None, eos_ids=None, cache=None,
+        seed=None, eos_ids=None, cache=None, repetition_penalty=1.0, cached_ids=None,
     ):  # fmt: skip
         """Continue each row of a batch: an iterator of (B,) ids, one for each step.
 
@@ -141,11 +141,14 @@ class Llava(nn.Module):
             likeliest and from the fewest whose probabilities reach top_p, if given. seed makes the draws repeatable.
         eos_ids: ids that end a row, the ended row then yields pad_id; None: the checkpoint's; (): none.
         cache: continue what it holds. By default one is made, of the length needed.
+        repetition_penalty: above 1 makes every id less likely that the row holds already, as in transformers (`generate.Repetition`).
+            cached_ids: (B, n), for the penalty, the ids that the cache holds.
         Ends after max_new_tokens, when every row has ended, or where the context or the cache is full.
         Raises ValueError at once, not at the first step.
         """
         return generate(
-            self, input_ids, pixel_values, attention_mask, max_new_tokens, temperature, top_k, top_p, seed, eos_ids, cache
+            self, input_ids, pixel_values, attention_mask, max_new_tokens, temperature, top_k, top_p, seed, eos_ids, cache,
+            repetition_penalty, cached_ids,
         )  # fmt: skip
 
     @property

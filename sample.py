@@ -21,6 +21,7 @@ from PIL import Image
 
 from chat import Chat
 from hardware.device import WORKSPACE, choose_device, choose_dtype, free_memory
+from hardware.processes import are_several
 from hardware.step import compiled
 from images import open_image
 from llava import Llava
@@ -136,8 +137,10 @@ def load(args, pictures, processes=None):
     if processes is None:
         chat = Chat.from_pretrained(folder, device, dtype, args.quantize, mapped=not worth_copying(parameters * dtype.itemsize))
     else:
+        from weights.shares import split  # here for the same reason as Processes below
+
         chat = Chat.from_pretrained(folder)
-        processes.split(chat.model, device, dtype)
+        split(chat.model, processes.mesh(device), device, dtype)
         suit(chat.model)
     if args.adapter is not None:
         load_adapter(chat.model, args.adapter)
@@ -219,7 +222,7 @@ def converse(chat, args, images, marks):
                     answer(chat, args, refer(question, marks), images)
                     images = []  # they belong to the conversation now
             except (ValueError, OSError, RuntimeError, MemoryError) as error:
-                if dist.is_initialized() and not isinstance(error, ValueError):
+                if are_several() and not isinstance(error, ValueError):
                     raise  # it is this process's own, and the others wait for it
                 hint = error if isinstance(error, ValueError | OSError) else f"{advice(error)}; or ask something shorter"
                 print(f"sample.py: {hint}", file=sys.stderr)
@@ -234,6 +237,25 @@ def ask(chat, args, images, marks):
         sys.exit(status)
 
 
+class Heard:
+    """Standard input of several processes: what the first one reads, all of them get."""
+
+    def __init__(self, processes, stdin):
+        self.heard, self.stdin = processes.heard, stdin
+
+    def readline(self):
+        return self.heard(self.stdin.readline)
+
+    def read(self):
+        return self.heard(self.stdin.read)
+
+
+def hear_together(processes):
+    """Give all processes what the first one reads, and a seed: without --seed too they draw the same tokens."""
+    sys.stdin = Heard(processes, sys.stdin)
+    torch.manual_seed(int(processes.heard(lambda: str(torch.seed()))))
+
+
 def run(parser, use):
     """Read the arguments, open the pictures, load the model and call use(chat, args, images, marks); every mistake of the
     user's is one line and exit status 2."""
@@ -242,11 +264,12 @@ def run(parser, use):
             setattr(sys, stream, open(os.devnull, way))
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
     processes = None
-    if dist.is_torchelastic_launched() and os.environ["WORLD_SIZE"] != "1":  # by torchrun
+    if are_several():
         from hardware.parallel import Processes  # here, because it takes longer to import than all else
 
         processes = Processes()
-        processes.hear_together()
+        processes.silence_others()
+        hear_together(processes)
         parser.error = processes.fail
     args = parser.parse_args()
     try:

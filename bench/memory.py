@@ -1,7 +1,7 @@
 """The memory that a step of training takes, at full size and without a GPU: the whole step is run on tensors that have
 shapes and types but no memory, and what they would take is added up as they come and go.
 
-    python -m bench.memory                               # the table in the README, a few minutes
+    python -m bench.memory                               # the tables in docs/finetune.md, a few minutes
     python -m bench.memory --shapes 7b --batches 2 4     # other sizes
 
 Counted are tensors alone: weights, gradients, AdamW's moments, activations. What the allocator rounds up and leaves unused

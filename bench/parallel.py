@@ -19,8 +19,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from bench.shapes import SHAPES, checkpoint_of
 from chat import Chat
-from hardware.parallel import split
 from images import open_image
+from weights.shares import split
 
 
 def peak():

@@ -20,10 +20,12 @@ from PIL import Image
 from tqdm import tqdm
 
 import sample
+from chat import log_probabilities as chat_log_probabilities
 from lessons.trace import spelling
 from tokenizer import STYLES, expand_images
 
 THUMBNAIL = 12  # cells at most along a side of what is kept of a single head: a 7B has 1,024 heads
+TOKENS = 4096  # of a batch of greyed pictures: more takes memory and no less time
 
 
 def answer_ids(chat, question, images, **options):
@@ -61,26 +63,33 @@ def lens(chat, prompt, pixels, patches):
     return torch.stack([one.indices for one in best]).cpu(), torch.stack([one.values for one in best]).cpu()
 
 
-@torch.no_grad()
-def log_probabilities(chat, prompt, answer, pixels):
-    """Of each token of the answer, given the prompt, the picture and the tokens before it: (answer,)."""
-    logits = chat.model(torch.tensor([prompt + answer]), pixels).logits[0, len(prompt) - 1 : -1].float()
-    return logits.log_softmax(-1)[range(len(answer)), answer].cpu()
+def log_probabilities(chat, prompt, answer, pixels, rows=1):
+    """Of each token of the answer, given the prompt, the pictures and the tokens before it: (rows, answer).
+
+    pixels: the pictures of each row, one row after the other; or None. All rows have the same prompt and answer.
+    """
+    return torch.stack(chat_log_probabilities(chat.model, [prompt] * rows, [answer] * rows, pixels))
 
 
 def occlusion_maps(chat, prompt, answer, pixels, cells):
     """By how much each token's log-probability falls when a cell of the first picture and those around it are greyed:
     (answer, cells, cells). One cell alone is seldom missed."""
+    whole = log_probabilities(chat, prompt, answer, pixels)
+    rows = max(1, TOKENS // len(prompt + answer))
+    falls = []
+    for first in tqdm(range(0, cells * cells, rows), desc="greying", unit="batch"):
+        some = [greyed(pixels, *divmod(n, cells), cells) for n in range(first, min(first + rows, cells * cells))]
+        falls.append(whole - log_probabilities(chat, prompt, answer, torch.cat(some), len(some)))
+    return torch.cat(falls).T.unflatten(1, (cells, cells))
+
+
+def greyed(pixels, row, column, cells):
+    """Pictures (N, 3, side, side), in the first of which a cell (counted from 0) and those around it are grey."""
     side = pixels.shape[-1]
     edge = lambda k: round(side * min(max(k, 0), cells) / cells)
-    whole = log_probabilities(chat, prompt, answer, pixels)
-    falls = torch.zeros(len(answer), cells, cells)
-    for n in tqdm(range(cells * cells), desc="greying", unit="cell"):
-        row, column = divmod(n, cells)
-        greyed = pixels.clone()
-        greyed[0, :, edge(row - 1) : edge(row + 2), edge(column - 1) : edge(column + 2)] = 0  # the mean of CLIP's pictures
-        falls[:, row, column] = whole - log_probabilities(chat, prompt, answer, greyed)
-    return falls
+    pixels = pixels.clone()
+    pixels[0, :, edge(row - 1) : edge(row + 2), edge(column - 1) : edge(column + 2)] = 0  # the mean of CLIP's pictures
+    return pixels
 
 
 def as_seen(processor, pixels):
@@ -145,7 +154,7 @@ def page(chat, question, images, cells, **options):
         "length": len(prompt),
         "positions": maps.shape[-1],
         "answer": ["(end)" if token in config.eos_ids else spelling(tokenizer, token) for token in answer],
-        "probability": log_probabilities(chat, prompt, answer, pixels).exp().tolist(),
+        "probability": log_probabilities(chat, prompt, answer, pixels)[0].exp().tolist(),
         "attention": [packed(layer, -1) for layer in maps.mean(1)],
         "of_picture": of_picture(chat, prompt, answer, pixels, maps, cells) if images else None,
     }
@@ -156,7 +165,7 @@ def page(chat, question, images, cells, **options):
 def main():
     parser = sample.argument_parser("python -m lessons.explain", __doc__)
     parser.add_argument("-o", "--out", type=Path, default=Path("explained.html"), help="the page [explained.html]")
-    parser.add_argument("--cells", type=int, default=8, metavar="N", help="grey the picture in N × N cells, one pass each [8]")
+    parser.add_argument("--cells", type=int, default=8, metavar="N", help="grey the picture in N × N cells, one after the other [8]")
 
     def write(chat, args, images, marks):
         if args.chat:

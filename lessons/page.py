@@ -4,15 +4,18 @@
     python -m lessons.page --model FOLDER -o marked.html     # with another small checkpoint
 
 The page is one file that asks the network for nothing: weights, vocabulary and pictures are in it. Its model is
-lessons/page/model.js, which says in plain JavaScript what the Python files say, function by function.
+lessons/page/model.js, which says in plain JavaScript what the Python files say, function by function; scene.js does so for the
+drawn world and its marks.
 """
 
 import argparse
 import base64
 import io
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
+from random import Random
 
 import torch
 from safetensors.torch import save
@@ -30,17 +33,19 @@ HERE = Path(__file__).parent
 MOST = 12_000_000  # bytes of the page: more is no page that one sends to a friend
 PICTURES = 9
 SUGGESTIONS = (
-    ("What do you see?", "How many things are there?", "What colour is the square?", "Where is the ring?", "Is the star small or large?",
-     "What is at the top?", "Is there a red circle?", "Is the ring left or right of the square?"),
-    ("Describe the picture and its marks.", "What do you see?"),
+    "What do you see?", "How many things are there?", "What colour is the square?", "Where is the ring?", "Is the star small or large?",
+    "What is at the top?", "Is there a red circle?", "Is the ring left or right of the square?",
 )  # fmt: skip
-
+ABOUT_A_MARK = (  # {words} says which: "within the red rectangle"; {name} is the mark itself: "red rectangle"
+    "What is {words}?", "What colour is the thing {words}?", "Is the thing {words} small or large?", "Where is the thing {words}?",
+    "Where is the {name}?", "Describe the picture and its marks.",
+)  # fmt: skip
 
 # What the tour is set up with: a question about the first picture, and the patch, the word and the head that are looked at
 # (counted from 0), and the part of the language model that is switched off in the end ("llama", block, head).
 TOURS = {
-    "llava": {"question": "What is on the left?", "patch": 52, "word": 2, "head": [3, 0], "off": "llama 0 1"},
-    "vip": {"question": "Which thing is within the aqua ellipse?", "patch": 12, "word": 2, "head": [3, 1], "off": "llama 1 3"},
+    "llava": {"question": "What is on the left?", "patch": 33, "word": 2, "head": [3, 0], "off": "llama 0 1"},
+    "vip": {"question": "Which thing is within the aqua ellipse?", "patch": 49, "word": 3, "head": [0, 0], "off": "llama 0 0"},
 }
 
 
@@ -65,23 +70,87 @@ def vocabulary(tokenizer):
 
 
 def pictures(style):
-    """Held-out pictures with a question and its answer each, the bundled picture first; for ViP-LLaVA marked ones."""
-    if style == "vip":
-        found = [(image, question, answer) for *_, image, _, question, answer in marked.held_out_questions(PICTURES, "page")]
-    else:
-        scene, image = world.example()
-        found = [(image, "Describe the picture.", world.describe(scene))]
-        found += [rest for _, *rest in world.held_out_questions(PICTURES - 1, "page")]
-    return [{"picture": data_url(image), "question": question, "answer": answer} for image, question, answer in found]
+    """Held-out pictures, each with a question, its answer and what it shows; for ViP-LLaVA marked ones."""
+    return marked_pictures() if style == "vip" else plain_pictures()
 
 
-def marks_of(style):
-    """For ViP-LLaVA, the marks that can be drawn on a picture: the words for each kind, its width in pixels, the colours."""
-    if style != "vip":
-        return None
-    scale = world.SIDE / marks.SIDE
-    widths = {kind: max(1, scale * sum(form.widths) / 2) for kind, form in marked.BOLD.items()}  # the middle of training's
-    return {"relations": {kind: form.relation for kind, form in marks.KINDS.items()}, "widths": widths, "colours": marks.COLOURS}
+def plain_pictures():
+    """The bundled picture, and one picture for each of eight kinds of question."""
+    random = Random("example 99")  # as in world.example
+    scene = world.make_scene(random, held_out=True)
+    found = [example(world.place(scene, random), [], "Describe the picture.", world.describe(scene))]
+    kinds, n = [*world.QUESTIONS.values()][1:PICTURES], 0
+    while kinds:
+        random = Random(f"page held out {n}")
+        scene = world.make_scene(random, held_out=True)
+        layout = world.place(scene, random)
+        if turn := kinds[-1](scene, random):
+            found.append(example(layout, [], *turn))
+            kinds.pop()
+        n += 1
+    return found
+
+
+def marked_pictures():
+    """Pictures with one mark each: of every kind one, an ellipse first."""
+    kinds = sorted(marks.KINDS, key="ellipse".__ne__)
+    found, questions = [], [*marked.ABOUT_ONE.values()]
+    for n, kind in enumerate(kinds):
+        random = Random(f"page one mark {n}")
+        scene, layout, pairs = marked.marked_scene(random, 1, kind, held_out=True)
+        found.append(example(layout, pairs, *questions[n % len(questions)](scene, pairs, random)))
+    return found
+
+
+def example(layout, pairs, question, answer):
+    """What the page holds of a picture. layout: from world.place; pairs: [(thing, its mark), …]."""
+    ground, placed = layout
+    things = [asdict(one.thing) | {name: getattr(one, name) for name in ("radius", "x", "y", "shade", "tilt")} for one in placed]
+    return {
+        "picture": data_url(marked.picture(layout, pairs)),
+        "question": question,
+        "answer": answer,
+        "ground": ground,
+        "things": things,
+        "marks": [asdict(mark) | {"cell": thing.cell} for thing, mark in pairs],
+    }
+
+
+def known_words(style):
+    """The words that the questions in training are made of, as they are written there."""
+    words = set()
+    for n in range(400):
+        random = Random(f"page words {n}")
+        if style == "vip":
+            scene, _, pairs = marked.marked_scene(random, 1 + n % 4)
+            turns = marked.conversation(scene, pairs, random)
+        else:
+            turns = world.conversation(world.make_scene(random), random)
+        turns.append(world.ask_description(world.make_scene(random), random))  # stage 1 asks for this in both
+        words.update(word for question, _ in turns for word in re.findall(r"\w+", question))
+    return sorted(words)
+
+
+def small_world(style):
+    """What can be drawn on a picture, and which words can be asked with."""
+    return {
+        "side": world.SIDE,
+        "colours": world.COLOURS,
+        "kinds": [*world.KINDS],
+        "sizes": world.SIZES,
+        "places": world.PLACES,
+        "words": known_words(style),
+        "marks": marks_of_training() if style == "vip" else None,
+    }
+
+
+def marks_of_training():
+    """The marks as tiny.marked.put_marks puts them: widths are for a picture of 336 pixels."""
+    kinds = {}
+    for kind, form in marked.BOLD.items():
+        around = kind in marked.AROUND  # is drawn around its thing, with some room
+        kinds[kind] = {"relation": form.relation, "width": form.width, "widths": form.widths, "alphas": form.alphas, "around": around}
+    return {"kinds": kinds, "colours": marks.COLOURS, "apart": 120, "most": 4}  # apart: of a mark's colour from its thing's
 
 
 def data_url(image):
@@ -117,13 +186,12 @@ def page(model, tokenizer, processor, examples):
         "tokenizer": vocabulary(tokenizer),
         "processor": asdict(processor),
         "examples": examples,
-        "suggestions": SUGGESTIONS[config.style == "vip"],
+        "suggestions": ABOUT_A_MARK if config.style == "vip" else SUGGESTIONS,
         "tour": TOURS["vip" if config.style == "vip" else "llava"],
-        "marks": marks_of(config.style),
-        "world": {"colours": world.COLOURS, "kinds": [*world.KINDS], "sizes": world.SIZES, "places": world.PLACES},
+        "world": small_world(config.style),
     }
     text = quote((HERE / "page" / "page.html").read_text(encoding="utf-8"))
-    for name in ("model.js", "page.js"):
+    for name in ("model.js", "scene.js", "page.js"):
         script = (HERE / "page" / name).read_text(encoding="utf-8")
         text = text.replace(f'<script src="{name}"></script>', f"<script>\n{script}</script>")
     text = text.replace("DATA", json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"))

@@ -119,8 +119,8 @@ def splice_map(chat, question, images):
         if config.keep_cls:
             rows.append((where, where, f"picture {picture}, class token"))
             where += 1
-        for row in range(width):
-            rows.append((where, where + width - 1, f"picture {picture}, patches of row {row}, columns 0 to {width - 1}"))
+        for row in range(1, width + 1):
+            rows.append((where, where + width - 1, f"picture {picture}, patches of row {row}, columns 1 to {width}"))
             where += width
     return rows
 

@@ -8,6 +8,7 @@ The model is tiny/llava with noise on its language model, so that there is somet
 """
 
 import argparse
+import json
 import os
 import random
 import subprocess
@@ -17,12 +18,11 @@ import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 
-import train
 from llava import Llava
 from tiny.world import write
+from training.report import losses_file
 from weights.checkpoint import save_checkpoint
 
 
@@ -34,45 +34,30 @@ def learner(folder):
     save_checkpoint(model, Path("tiny/llava"), folder, torch.float32)
 
 
-def traced_training(log, *arguments):
-    """train.py, which writes the number and the loss of each step into a file."""
-    learning_rate, all_reduce, at = train.learning_rate, dist.all_reduce, []
-
-    def record(tensor):
-        all_reduce(tensor)
-        if tensor.dtype == torch.float64 and dist.get_rank() == 0:
-            print(at[-1], tensor.item(), file=file, flush=True)
-
-    train.learning_rate = lambda step, *rest: at.append(step) or learning_rate(step, *rest)
-    dist.all_reduce = record
-    sys.argv = ["train.py", *arguments]
-    with open(log, "a") as file:
-        train.main()
-
-
 def start(folder, name, size):
     """A run of so many processes, called by its name; returns torchrun, or the one process."""
     together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)] if size > 1 else []
     command = f"--stage 2 --model {folder}/model --data {folder}/instruct.json --images {folder} --out {folder}/{name} --device cpu"
     options = "--batch-size 4 --accumulate 2 --epochs 4 --lr 5e-4 --save-every 0.01"
     return subprocess.Popen(
-        [sys.executable, *together, "-m", "tests.killed", f"{folder}/{name}.log", *command.split(), *options.split()],
+        [sys.executable, *together, "train.py", *command.split(), *options.split()],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=open(f"{folder}/{name}.err", "w"),
     )  # fmt: skip
 
 
 def losses(log):
-    """[(step, loss)] of all steps that were computed, some of them more than once."""
-    lines = log.read_text().splitlines() if log.exists() else []
-    return [(int(step), float(loss)) for step, loss in map(str.split, lines)]
+    """{step: loss} of all steps that were computed; of those that were computed again the last."""
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    steps = [json.loads(line) for line in lines if line.endswith("\n")]
+    return {step["step"]: step["loss"] for step in steps}
 
 
 def disturb(run, folder, name):
     """Kill one of the processes of a run, half of the time while a state is being written. Returns what was done, or None if the
     run was faster."""
-    log, states = folder / f"{name}.log", folder / name / "training-state"
+    log, states = losses_file(folder / name), folder / name / "training-state"
     wanted, while_saving = len(losses(log)) + random.randint(0, 4), random.random() < 0.5
-    half = lambda: [state.name for state in states.glob("[0-9]*") if not (state / ".metadata").exists()]
+    half = lambda: [state.name for state in states.glob("[0-9]*") if not (state / "complete.json").exists()]
     while run.poll() is None and (len(losses(log)) < wanted or while_saving and not half()):
         time.sleep(0.002)
     time.sleep(random.choice([0, random.uniform(0, 1), random.uniform(0, 5)]))
@@ -99,7 +84,7 @@ def main(kills, seed):
         learner(folder / "model")
         if start(folder, name, size).wait():
             raise RuntimeError((folder / f"{name}.err").read_text())
-        expected, weights = dict(losses(folder / f"{name}.log")), load_file(folder / name / "model.safetensors")
+        expected, weights = losses(losses_file(folder / name)), load_file(folder / name / "model.safetensors")
         while done < kills:
             name, finished = f"killed-{done}", False
             while not finished:
@@ -108,15 +93,15 @@ def main(kills, seed):
                 killed = disturb(run, folder, name) if done < kills else None
                 if killed:
                     done += 1
-                    print(f"{done}: of {size} processes {killed}, after {len(losses(folder / f'{name}.log'))} steps", flush=True)
+                    print(f"{done}: of {size} processes {killed}, after {len(losses(losses_file(folder / name)))} steps", flush=True)
                 elif run.wait():
                     raise RuntimeError((folder / f"{name}.err").read_text())
                 else:
                     finished = True
-            found, result = losses(folder / f"{name}.log"), load_file(folder / name / "model.safetensors")
-            loss = max(abs(loss - expected[step]) for step, loss in found)
+            found, result = losses(losses_file(folder / name)), load_file(folder / name / "model.safetensors")
+            loss = max(abs(loss - expected[step]) for step, loss in found.items())
             weight = max((result[key] - weights[key]).abs().max().item() for key in weights)
-            complete = {step for step, _ in found} == expected.keys()
+            complete = found.keys() == expected.keys()
             print(f"{len(expected)} steps, {len(found)} computed: losses within {loss:.1e}, weights within {weight:.1e}", flush=True)
             if not complete or loss > 1e-4 or weight > 1e-3:
                 return 1
@@ -124,11 +109,8 @@ def main(kills, seed):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 3 and sys.argv[2] == "--stage":
-        traced_training(*sys.argv[1:])
-    else:
-        parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-        parser.add_argument("kills", type=int, nargs="?", default=10)
-        parser.add_argument("--seed", type=int, default=0)
-        args = parser.parse_args()
-        sys.exit(main(args.kills, args.seed))
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("kills", type=int, nargs="?", default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    sys.exit(main(args.kills, args.seed))

@@ -1,10 +1,15 @@
 """A conversation: the cache kept between turns changes what is computed, never what is said."""
 
+from random import Random
+
 import pytest
+import torch
 from PIL import Image
 
-from chat import Chat
+import batch
+from chat import Chat, Unanswered
 from images import open_image
+from tiny.world import held_out_questions
 from tokenizer import expand_images
 
 PICTURE = "tiny/example.png"
@@ -162,3 +167,254 @@ def test_what_is_not_a_list_of_pictures(chat, images):
     with pytest.raises(ValueError, match="expected a list of PIL pictures"):
         chat.ask("Describe the picture.", images)
     assert chat.messages == []
+
+
+# Limits
+
+
+def test_an_answer_that_a_limit_cuts_off_says_which(chat, monkeypatch):
+    picture = [open_image(PICTURE)]
+    "".join(chat.ask("Describe the picture.", picture, max_new_tokens=3))
+    assert chat.cut_off == "max_new_tokens"
+    "".join(chat.ask("How many things are there?"))
+    assert chat.cut_off is None
+    monkeypatch.setattr(chat.model.config, "eos_ids", ())
+    "".join(chat.ask("Describe the picture."))
+    assert chat.cut_off == "context"
+    with pytest.raises(ValueError, match="the context is full.*/reset"):
+        for _ in range(50):  # the answers are gibberish, which may take fewer tokens when it is read again
+            before = list(chat.messages)
+            "".join(chat.ask("Describe the picture."))
+    assert chat.messages == before
+    chat.reset()
+    assert chat.cut_off is None
+
+
+def test_vips_answer_that_ends_at_its_mark_is_not_cut_off(vip):
+    "".join(vip.ask("What is in the picture?", [open_image(PICTURE)]))
+    assert vip.cut_off is None and "#" not in vip.messages[-1]["content"]
+
+
+# Many questions at once
+
+
+@pytest.fixture(scope="module")
+def vip():
+    return Chat.from_pretrained("tiny/vip-llava", dtype=torch.float32)
+
+
+def mixed(count=12):
+    """Questions of several lengths about none, one or two pictures, with answers from one word to a description."""
+    _, images, questions, _ = zip(*held_out_questions(count, 3))
+    asked = [(question, [image]) for question, image in zip(questions, images)]
+    asked += [("Describe the picture.", [images[0]]), ("How many things are there?", []), ("Is there a star?", list(images[1:3]))]
+    asked += [("Where is the ring?", (images[0],)), ("Describe the picture.", list(images[3:5])), ("Hi.", [])]
+    Random(0).shuffle(asked)
+    return asked
+
+
+def one_by_one(chat, asked, **options):
+    answers = []
+    for question, images in asked:
+        alone = Chat(chat.model, chat.tokenizer, chat.processor)
+        alone.system, alone.pad, alone.style = chat.system, chat.pad, chat.style
+        answers.append("".join(alone.ask(question, images, **options)))
+    return answers
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 40])
+def test_many_questions_are_answered_as_one_by_one(chat, batch_size):
+    asked = mixed()
+    assert list(chat.answer(asked, batch_size=batch_size, max_new_tokens=60)) == one_by_one(chat, asked, max_new_tokens=60)
+    assert chat.messages == [] and chat._cache is None
+
+
+def test_many_questions_to_vip_end_at_its_mark(vip):
+    asked = mixed(6)
+    answers = list(vip.answer(asked, batch_size=4, max_new_tokens=60))
+    assert answers == one_by_one(vip, asked, max_new_tokens=60) and not any("#" in answer for answer in answers)
+
+
+@pytest.mark.parametrize("change", [dict(system="Be brief."), dict(pad=True), dict(style="bakllava")])
+def test_many_questions_respect_the_settings(chat, change):
+    for name, value in change.items():
+        setattr(chat, name, value)
+    asked = [("Describe the picture.", [Image.new("RGB", (60, 200), colour)]) for colour in ("red", "lime", "blue")]
+    assert list(chat.answer(asked, batch_size=2, max_new_tokens=20)) == one_by_one(chat, asked, max_new_tokens=20)
+
+
+def test_rows_are_moved_and_the_cache_grows(chat, monkeypatch):
+    """Short answers leave while a long one goes on, and a later prompt is longer than all slots taken by then."""
+    monkeypatch.setattr(batch, "SLACK", 2)
+    pictures = [open_image(PICTURE)]
+    asked = [("Hi.", []), *[("Describe the picture.", pictures), ("Is there a star?", pictures)] * 4, ("Why?", pictures * 5), *mixed(3)]
+    assert list(chat.answer(asked, batch_size=3, max_new_tokens=60)) == one_by_one(chat, asked, max_new_tokens=60)
+
+
+def test_an_answer_ends_with_the_context_as_it_would_alone(chat, monkeypatch):
+    """The room of a row is its own: a longer prompt beside it takes nothing of it."""
+    monkeypatch.setattr(chat.model.config, "eos_ids", ())
+    most = chat.model.config.text.max_position_embeddings
+    pictures = [open_image(PICTURE)]
+    asked = [("Describe the picture.", pictures), ("why " * 95, pictures), ("Describe the picture.", pictures * 6)]
+    expected = one_by_one(chat, asked, max_new_tokens=most)
+    assert list(chat.answer(asked, batch_size=3, max_new_tokens=most)) == expected
+
+
+def test_the_second_question_about_a_picture_computes_only_the_question(chat, seen):
+    picture = open_image(PICTURE)
+    asked = [
+        ("Where is the star?", [picture]),
+        ("Where is the ring?", [picture.copy()]),
+        ("Where is the ring?", [Image.new("RGB", (9, 9))]),
+    ]
+    answers = list(chat.answer(asked, batch_size=1))
+    prompts = [count for count in seen["tokens"] if count > 1]
+    assert seen["pictures"] == [1, 1] and prompts[0] == prompts[2] > 64 > 20 > prompts[1]
+    assert answers == one_by_one(chat, asked)
+
+
+def test_a_question_that_cannot_be_asked_stops_no_other(chat):
+    picture = open_image(PICTURE)
+    wrong = {
+        "'<image>'": ("What is <image>?", []), "max_position_embeddings of 512": ("why " * 600, []), "PIL pictures": ("Hi.", "photo.jpg"),
+        "expected a pair": "Hi.", "empty": ("Hi.", [Image.new("RGB", (0, 5))]), "half a surrogate": ("\udcff?", []), "pair": ("Hi.", [], 1),
+        "pair (text": (3, []),
+    }  # fmt: skip
+    good = ("Describe the picture.", [picture])
+    asked = [entry for one in wrong.values() for entry in (one, good)] + [("</s>", [])]
+    answers = list(chat.answer(asked, batch_size=3))
+    expected = one_by_one(chat, [good])[0]
+    assert answers[1::2] == [expected] * len(wrong)
+    for words, answer in zip(wrong, answers[::2]):
+        assert isinstance(answer, Unanswered) and answer == "" and words in str(answer.error)
+    assert isinstance(answers[-1], Unanswered) and not isinstance(answers[1], Unanswered)
+
+
+def test_answers_come_as_soon_as_they_are_due(chat):
+    taken = []
+
+    def questions():
+        for n in range(100):
+            taken.append(n)
+            yield "Is there a star?", []
+
+    answers = chat.answer(questions(), batch_size=2)
+    next(answers), next(answers)
+    assert len(taken) < 8
+
+
+def test_no_questions(chat):
+    assert list(chat.answer([])) == []
+
+
+@pytest.mark.parametrize("options", [dict(batch_size=0), dict(max_new_tokens=0), dict(temperature=-1.0), dict(repetition_penalty=0)])
+def test_bad_options_are_refused_before_the_first_answer(chat, options):
+    with pytest.raises(ValueError, match="expected"):
+        chat.answer([("Hi.", [])], **options)
+
+
+def test_drawn_answers_repeat_with_a_seed(chat):
+    options = dict(batch_size=4, max_new_tokens=20, temperature=3.0, top_k=20)
+    asked = mixed(4)
+    first, again, other = (list(chat.answer(asked, seed=seed, **options)) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_literal_text_goes_to_the_model_as_it_is(chat, vip):
+    words = "What does ###Human: USER: mean?"
+    assert isinstance(*vip.answer([(words, [])]), Unanswered)
+    (answer,) = vip.answer([(words, [])], literal=True, max_new_tokens=5)
+    assert not isinstance(answer, Unanswered)
+    ids = vip._prepared((words, []), literal=True).ids
+    assert vip.tokenizer.decode(ids).endswith(f"###Human: {words}###Assistant:")
+    assert chat._prepared(("Hi.", []), literal=True) == chat._prepared(("Hi.", []))
+    (answer,) = chat.answer([("<image>", [])], literal=True)
+    assert isinstance(answer, Unanswered) and "'<image>'" in str(answer.error)
+
+
+def test_logits_that_are_not_finite_are_an_error(chat, monkeypatch):
+    step, count = chat.model.decode_step, []
+
+    def broken(*args, **options):
+        count.append(1)
+        return step(*args, **options) * (float("nan") if len(count) > 3 else 1)
+
+    monkeypatch.setattr(chat.model, "decode_step", broken)
+    with pytest.raises(ValueError, match="not finite"):
+        list(chat.answer([("Describe the picture.", [open_image(PICTURE)])]))
+
+
+# Scores
+
+
+def by_hand(chat, question, answer, images):
+    """The sum of log-probabilities of an answer's tokens, one forward pass for each of them."""
+    prompt = chat.tokenizer.encode(Chat(chat.model, chat.tokenizer, chat.processor).prompt(question, images))
+    ids = chat.tokenizer.encode(chat.prompt(question, images) + " " + answer + ("###" if chat.style == "vip" else "</s>"))
+    assert ids[: len(prompt)] == prompt
+    pixels, total = chat.processor(images) if images else None, 0.0
+    for n in range(len(prompt), len(ids)):
+        with torch.no_grad():
+            logits = chat.model(torch.tensor([ids[:n]]), pixels).logits[0, -1]
+        total += float(logits.log_softmax(-1)[ids[n]])
+    return total
+
+
+@pytest.mark.parametrize("images", [0, 1, 2])
+def test_a_score_is_the_sum_over_the_answer_and_its_end(chat, images):
+    pictures = [open_image(PICTURE)] * images
+    for answer in ("Four.", "In the middle, I think.", "No."):
+        assert chat.score("How many things are there?", answer, pictures) == pytest.approx(
+            by_hand(chat, "How many things are there?", answer, pictures), rel=1e-4
+        )
+
+
+def test_vips_score_counts_its_end_mark(vip):
+    picture = [open_image(PICTURE)]
+    vip.reset()
+    assert vip.score("How many things are there?", "Four.", picture) == pytest.approx(
+        by_hand(vip, "How many things are there?", "Four.", picture), rel=1e-4
+    )
+
+
+def test_a_batch_of_scores_is_each_of_them(chat):
+    asked = [(question, answer, images) for (question, images), answer in zip(mixed(), ["No.", "A large red circle.", "Four."] * 4)]
+    scores = chat.token_scores(asked, batch_size=5)
+    for one, tokens in zip(asked, scores):
+        assert float(tokens.sum()) == pytest.approx(chat.score(*one), rel=1e-4)
+        assert len(tokens) == len(chat._answer_ids(*one)) and bool((tokens <= 0).all())
+
+
+def test_the_greedy_answer_is_the_likeliest_of_several(chat):
+    picture = [open_image(PICTURE)]
+    answer = "".join(chat.ask("How many things are there?", picture))
+    assert chat.choose("How many things are there?", ["One.", "No.", answer, "Ten."], picture) == answer
+
+
+def test_what_cannot_be_scored(chat):
+    with pytest.raises(ValueError, match="'</s>'"):
+        chat.score("How many?", "Four.</s>")
+    with pytest.raises(ValueError, match="'<image>'"):
+        chat.score("How <image>?", "Four.")
+
+
+# The repetition penalty
+
+
+def test_a_second_turn_penalises_what_the_cache_holds(chat):
+    """With the cache, or without one, the ids that count are the same."""
+    picture = [open_image(PICTURE)]
+    options = dict(max_new_tokens=12, repetition_penalty=100.0)
+    first = "".join(chat.ask("Describe the picture.", picture, **options))
+    plain = "".join(Chat(chat.model, chat.tokenizer, chat.processor).ask("Describe the picture.", picture, max_new_tokens=12))
+    assert first != plain
+    prompt = chat._expanded(chat.tokenizer.encode(chat.prompt("Is there a star?")))
+    whole = [int(t) for t in chat.model.generate(torch.tensor([prompt]), chat.processor(picture), **options)]
+    second = "".join(chat.ask("Is there a star?", **options))
+    assert second == "".join(chat.tokenizer.stream(whole))
+
+
+def test_the_penalty_is_each_rows_own(chat):
+    asked, options = mixed(6), dict(max_new_tokens=20, repetition_penalty=100.0)
+    assert list(chat.answer(asked, batch_size=4, **options)) == one_by_one(chat, asked, **options)

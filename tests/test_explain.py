@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from images import open_image
-from lessons.explain import page
+from lessons import explain
+from lessons.explain import answer_ids, greyed, occlusion_maps, page
 from tests.browser import Browser
 
 KEYS = {"left": "\ue012", "up": "\ue013", "right": "\ue014", "down": "\ue015", "tab": "\ue004"}
@@ -108,6 +109,41 @@ def test_without_the_first_token_the_rest_is_scaled_to_one(tab):
     said = tab.run("byId('head').value = given[0]; show(); return byId('said').textContent;", head)
     share, first = tab.run("return [seen.on_picture, seen.on_first].map(of => of[given[0]][given[1]][chosen]);", layer, head)
     assert f"{round(100 * share / (1 - first))} % of the attention is on the picture, the first token left out" in said
+
+
+def test_occlusion_in_batches_is_occlusion_one_by_one(bundled, monkeypatch):
+    picture = open_image("tiny/example.png")
+    bundled.reset()
+    prompt, answer = answer_ids(bundled, "Where is the ring?", [picture], max_new_tokens=20)
+    pixels = bundled.processor([picture, picture])  # what is not asked about is not greyed
+    prompt = [token for token in prompt for _ in range(2 if token == bundled.model.config.image_id else 1)]
+    forward, rows = bundled.model.forward, []
+    monkeypatch.setattr(bundled.model, "forward", lambda ids, *more: rows.append(len(ids)) or forward(ids, *more))
+    together = occlusion_maps(bundled, prompt, answer, pixels, 4)
+    assert rows == [1, 16]
+    monkeypatch.setattr(explain, "TOKENS", 1)
+    assert torch.allclose(together, occlusion_maps(bundled, prompt, answer, pixels, 4), atol=1e-4) and together.max() > 0.1
+    assert rows == [1, 16] + [1] * 17
+    seen = greyed(pixels, 0, 3, 4)
+    assert (seen[0, :, :56, 56:] == 0).all() and torch.equal(seen[1], pixels[1])
+    assert torch.equal(seen[0, :, 56:], pixels[0, :, 56:]) and torch.equal(seen[0, :, :, :56], pixels[0, :, :, :56])
+
+
+def test_the_small_numbers_are_explained_where_they_stand(tab):
+    hidden = "return byId('numbers').hidden;"
+    assert not tab.run(hidden) and "percent" in tab.run("return byId('numbers').textContent;")
+    assert tab.run("return document.querySelectorAll('[data-share]').length;") > 0
+    said = tab.run("""
+      const said = [];
+      for (chosen = 0; chosen < answers; chosen++) {
+        for (const option of byId("layer").options) { byId("layer").value = option.value; show(); said.push(byId("said").textContent); }
+      }
+      chosen = 0;
+      return said.map(text => text.split("Of the words")[1]).join();
+    """)
+    assert re.search(r"the space at position \d+ \d+ %", said) and "␣" not in said  # a space is named, and which one
+    tab.run("document.querySelector('[value=occlusion]').click();")
+    assert tab.run(hidden)
 
 
 def test_occlusion_says_what_the_probability_falls_to(tab):

@@ -2,12 +2,15 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from generate import greedy, greedy_cached, mask_of_padding, sample
+from generate import Repetition, greedy, greedy_cached, mask_of_padding, sample
 from llama import KVCache
 from tests.compare import FAMILIES, TOLERANCE, load, one_id_per_image, relative
+from tokenizer import expand_images
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -8.0]])
 
@@ -414,3 +417,54 @@ def test_cache_says_which_slots_and_positions():
     slots, positions = cache.take(torch.tensor([[True], [False]]))
     assert slots.tolist() == [3] and positions.tolist()[0] == [2]
     assert cache.real.int().tolist() == [[0, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0]]
+
+
+# The repetition penalty
+
+
+def penalised(logits, ids, penalty):
+    """What transformers' RepetitionPenaltyLogitsProcessor computes, a row and an id at a time. logits: (B, vocabulary)."""
+    out = logits.float().numpy().copy()
+    for row, said in zip(out, ids):
+        for i in sorted({int(i) for i in said}):
+            row[i] = row[i] * np.float32(penalty) if row[i] < 0 else row[i] / np.float32(penalty)
+    return out
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.2, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_penalty_to_the_last_bit(penalty, dtype):
+    random = torch.Generator().manual_seed(0)
+    logits = (torch.randn(3, 50, generator=random) * 4).to(dtype)
+    logits[0, 7], logits[1, 8] = 0.0, -torch.inf
+    ids = torch.randint(0, 50, (3, 30), generator=random)  # with many repetitions
+    repetition = Repetition(ids, 50, penalty)
+    assert np.array_equal(repetition.penalise(logits).numpy(), penalised(logits, ids, penalty))
+    token = torch.tensor([7, 8, 9])
+    repetition.add(token)
+    ids = torch.cat([ids, token[:, None]], dim=1)
+    assert np.array_equal(repetition.penalise(logits).numpy(), penalised(logits, ids, penalty))
+
+
+def test_prompt_padding_pictures_and_answer_count(bundled):
+    """A padded batch with a picture, step by step: each token is the likeliest after the penalty over all ids of its row."""
+    chat, model, penalty = bundled, bundled.model, 2.5
+    prompts = [chat.tokenizer.encode(f"USER: <image>\n{question} ASSISTANT:") for question in ("Describe the picture.", "Hi.")]
+    rows = [expand_images(prompt, model.config.image_id, model.config.features_per_image) for prompt in prompts]
+    width = max(map(len, rows))
+    ids = torch.tensor([[model.config.pad_id] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    pixels = chat.processor([Image.open("tiny/example.png")] * 2)
+    steps = list(model.generate(ids, pixels, mask, max_new_tokens=8, eos_ids=(), repetition_penalty=penalty))
+    assert not torch.equal(torch.stack(steps), torch.stack(list(model.generate(ids, pixels, mask, max_new_tokens=8, eos_ids=()))))
+    for token in steps:
+        with torch.no_grad():
+            logits = model(ids, pixels, mask).logits[:, -1]
+        assert token.tolist() == penalised(logits, ids, penalty).argmax(-1).tolist()
+        ids, mask = torch.cat([ids, token[:, None]], dim=1), torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
+
+
+@pytest.mark.parametrize("penalty", [0, -1.0, float("nan"), float("inf")])
+def test_penalties_that_make_no_sense(bundled, penalty):
+    with pytest.raises(ValueError, match="repetition_penalty is .*; expected more than 0"):
+        bundled.model.generate(torch.tensor([[1, 5]]), repetition_penalty=penalty)

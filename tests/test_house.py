@@ -12,6 +12,7 @@ MAY["inputs"] = {"tokenizer"}
 MAY["weights"] = {"clip", "llama", "hardware"}
 MAY["generate"] = {"llama", "inputs", "hardware"}
 MAY["llava"] = {"clip", "llama", "inputs", "generate", "weights"}
+MAY["batch"] = {"llama", "generate", "hardware"}
 BOOK = {*MAY}
 MAY["chat"] = MAY["training"] = BOOK
 COMMANDS = ("sample", "train", "convert")

@@ -42,6 +42,8 @@ def test_the_splice_map_covers_every_position_once(chat):
     assert [position for first, last, _ in rows for position in range(first, last + 1)] == list(range(len(ids)))
     for first, _, text in rows:
         assert text.startswith("picture") == (ids[first] == chat.model.config.image_id), (first, text)
+    patches = [text for *_, text in rows if "patches of row" in text]
+    assert patches[0] == "picture 1, patches of row 1, columns 1 to 8" and patches[7] == "picture 1, patches of row 8, columns 1 to 8"
     assert sum("patches of row" in text for *_, text in rows) == 16 and rows[0][2] == "1 '<s>'"
 
 

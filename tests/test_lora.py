@@ -12,7 +12,6 @@ import torch
 import torch.nn as nn
 from safetensors.torch import load_file, save_file
 
-import train
 from chat import Chat
 from convert import convert
 from convert import main as convert_command
@@ -21,13 +20,14 @@ from llava import Llava
 from tests.compare import FAMILIES, FIXTURES
 from tests.test_quantize import run as quantise
 from tests.test_sample import sample
-from tests.test_train import TINY, run
+from tests.test_train import TINY, encoded, killed_run, run
 from tiny.mirror import held_out_questions as mirror_questions
 from tiny.mirror import mirrored
 from tiny.mirror import write as write_mirror
 from tiny.world import QUESTIONS, Thing, describe, write
 from tokenizer import Tokenizer
-from training.data import Conversations, collate, encode_conversation
+from training import state
+from training.data import collate, encode_conversation
 from training.lora import (
     CONFIG,
     LAYERS,
@@ -245,13 +245,13 @@ def test_an_adapter_of_another_family_is_refused(adapter):
 
 def test_training_leaves_the_base_as_it_is_to_the_last_bit(monkeypatch, data, tmp_path):
     """As it is stored, and as it is in memory when the run has ended."""
-    seen, save = {}, train.save_adapter
+    seen, save = {}, state.save_adapter
 
     def look(model, *arguments):
         seen["model"] = model
         save(model, *arguments)
 
-    monkeypatch.setattr(train, "save_adapter", look)
+    monkeypatch.setattr(state, "save_adapter", look)
     stored = (Path(TINY) / "model.safetensors").read_bytes()
     run(monkeypatch, data, tmp_path / "out", "--lora", "4")
     assert (Path(TINY) / "model.safetensors").read_bytes() == stored
@@ -273,13 +273,8 @@ def test_training_leaves_the_base_as_it_is_to_the_last_bit(monkeypatch, data, tm
 
 
 def test_a_killed_run_resumes_and_ends_the_same(monkeypatch, data, tmp_path, capsys):
-    def save_then_die(*arguments, save=train.save_state):
-        save(*arguments)
-        raise KeyboardInterrupt
-
     run(monkeypatch, data, tmp_path / "whole", "--lora", "4")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "save_state", save_then_die)
+    with killed_run(monkeypatch) as patch:
         run(patch, data, tmp_path / "killed", "--lora", "4", "--save-every", "1e-9")
     with pytest.raises(SystemExit, match="of a run with another lora"):
         run(monkeypatch, data, tmp_path / "killed", "--lora", "8")
@@ -295,12 +290,12 @@ QLORA = ("--lora", "4", "--epochs", "3", "--lr", "4e-3")
 @pytest.fixture(scope="module")
 def on_int4(tmp_path_factory):
     """The model taught to say "Nothing." by an adapter on weights in 4 bits, and the folder of the data, with the adapter in out."""
-    folder, seen, save = tmp_path_factory.mktemp("nothing"), [], train.save_adapter
+    folder, seen, save = tmp_path_factory.mktemp("nothing"), [], state.save_adapter
     write(folder, 12, seed=5)
     data = re.sub(r'(?<="from": "gpt", "value": )"[^"]*"', '"Nothing."', (folder / "instruct.json").read_text())
     (folder / "instruct.json").write_text(data)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "save_adapter", lambda model, *arguments: seen.append(model) or save(model, *arguments))
+        patch.setattr(state, "save_adapter", lambda model, *arguments: seen.append(model) or save(model, *arguments))
         run(patch, folder, folder / "out", *QLORA, "--quantize", "int4")
     return seen[0], folder
 
@@ -313,7 +308,7 @@ def test_an_adapter_of_quantised_weights_learns_and_leaves_them_as_they_are(on_i
     assert not torch.equal(fresh.projector.linear_1.weight, trained.projector.linear_1.weight)
 
     tokenizer, processor, P = Tokenizer.from_pretrained(TINY), ImageProcessor.from_pretrained(TINY), fresh.config.features_per_image
-    data = Conversations(folder / "instruct.json", folder, tokenizer, "llava", 512, P)
+    data = encoded(folder / "instruct.json", folder, folder / "state", max_length=512)
     ids, labels, pixels = collate([data[n] for n in range(12)], processor, tokenizer.image_id, tokenizer.pad_id, P, False)
     with torch.no_grad():
         losses = [model(ids, pixels, labels=labels).loss.item() for model in (fresh, trained)]

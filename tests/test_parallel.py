@@ -22,13 +22,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sample
 from bench.parallel import peak
-from hardware.parallel import Processes, check_size, split
+from hardware.parallel import Processes
 from llama import KVCache
 from llava import Llava
 from tests.compare import FAMILIES, FIXTURES, relative
 from tests.test_sample import ROOT, asked
 from weights.checkpoint import save_checkpoint
 from weights.config import LlavaConfig
+from weights.shares import check_size, split
 
 CASES = [(family, size) for family in FAMILIES for size in (2, 4)]
 
@@ -105,7 +106,7 @@ def wide_model(folder):
 def memory_to_load(folder, mesh):
     """How far sample.py's loading of one process's share lifts the most memory that the process ever had, in bytes."""
     args = sample.argument_parser("", "").parse_args(["--model", str(folder), "--dtype", "float32"])
-    processes = SimpleNamespace(size=mesh.size(), device=lambda name: "cpu", split=lambda model, *rest: split(model, mesh, *rest))
+    processes = SimpleNamespace(size=mesh.size(), device=lambda name: "cpu", mesh=lambda device: mesh)
     before = peak()
     chat = sample.load(args, 0, processes)
     assert chat.model.language_model.layers[0].mlp.up_proj.weight.shape == (1376, 512)
@@ -192,8 +193,8 @@ def test_all_draw_alike_without_a_seed(monkeypatch):
     store, drawn = dist.HashStore(), []
     for rank in range(2):
         process = Processes.__new__(Processes)
-        process.store, process.rank = store, rank
-        process.hear_together()
+        process.store, process.rank, process.asked = store, rank, 0
+        sample.hear_together(process)
         drawn.append(torch.rand(3))
     assert torch.equal(*drawn)
 

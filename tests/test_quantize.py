@@ -162,6 +162,49 @@ def test_a_gradient_is_that_of_the_plain_layer_and_keeps_packed_weights_only(sch
     assert len(layers) == 3 and layers[0].data_ptr() == plain.weight.data_ptr()  # the plain layer's own, and no unpacked one
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_an_old_gpus_compiler_is_handed_no_bfloat16(scheme, dtype, monkeypatch):
+    """Inductor skips what has an input in bfloat16 below compute capability 8: neither scales nor x may be such."""
+    handed = []
+
+    def compiled(x, weight, scales):
+        handed.extend((x.dtype, scales.dtype))
+        return row_product(x, weight, scales)
+
+    weight, quantized = layer(scheme)
+    x = random(3, 256, seed=1).to(dtype)
+    expected = torch.stack([row_product(row, quantized.weight, quantized.scales) for row in x]).to(dtype)
+    monkeypatch.setattr(quantize, "compiled_row_product", lambda device: compiled)
+    assert torch.equal(quantize.gpu_product(x, quantized.weight, quantized.scales), expected)
+    assert handed == [dtype, torch.bfloat16] * 3  # a newer one takes both as they are
+    handed.clear()
+    monkeypatch.setattr(quantize, "lacks_bfloat16", lambda device: True)
+    quantized.settle()
+    y = quantize.gpu_product(x, quantized.weight, quantized.scales)
+    assert y.dtype == dtype and len(handed) == 6 and torch.bfloat16 not in handed
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize(
+    "device, capability, lacks", [("cuda", (7, 5), True), ("cuda:1", (8, 0), False), ("cuda", (9, 0), False), ("cpu", None, False)]
+)
+def test_which_gpus_lack_bfloat16(device, capability, lacks, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    quantize.lacks_bfloat16.cache_clear()
+    assert quantize.lacks_bfloat16(torch.device(device)) == lacks
+    quantize.lacks_bfloat16.cache_clear()
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_the_row_product_is_one_graph(scheme):
+    _, quantized = layer(scheme)
+    x = random(256, seed=1)
+    product = torch.compile(row_product, fullgraph=True, dynamic=False, backend="aot_eager")
+    expected = row_product(x, quantized.weight, quantized.scales)
+    torch.testing.assert_close(product(x, quantized.weight, quantized.scales), expected)
+
+
 # Models
 
 

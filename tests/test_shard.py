@@ -48,26 +48,24 @@ def training_run(folder, phase, ranks, rank, name, options):
     """train.py as one of the processes that torchrun would have started; returns the losses of its steps."""
     store, losses = dist.FileStore(f"{folder}/{phase} {ranks}", len(ranks)), []
     dist.rendezvous = lambda *_, **__: iter([(store, ranks.index(rank), len(ranks))])
-    dist.is_torchelastic_launched = lambda: True
-    os.environ["LOCAL_WORLD_SIZE"] = str(len(ranks))
+    os.environ |= {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": str(len(ranks)), "LOCAL_WORLD_SIZE": str(len(ranks))}
 
-    def record(tensor, all_reduce=dist.all_reduce):
-        all_reduce(tensor)
-        if tensor.dtype == torch.float64:
-            losses.append(tensor.item())
+    def record(*arguments, forward_backward=train.forward_backward):
+        losses.append(forward_backward(*arguments))
+        return losses[-1]
 
-    def save(state, out, step, save_state=train.save_state):
-        save_state(state, out, step)
+    def save(state, out, step, group, save_state=train.save_state):
+        save_state(state, out, step, group)
         if step == 3 and rank == 0:
             copytree(out, folder / "resumed" / "training-state")  # what a kill at this moment would leave
             (folder / "resumed" / "training-state" / "9").mkdir()  # and, of a state that was being written
-            (folder / "resumed" / "training-state" / "9" / "__0_0.distcp").write_bytes(b"half a file")
+            (folder / "resumed" / "training-state" / "9" / "0-of-2.pt").write_bytes(b"half a file")
 
     command = f"train.py --stage 2 --model {folder}/model --data {folder}/instruct.json --images {folder} --batch-size 4 --accumulate 2"
     sys.argv = [*command.split(), "--lr", "1e-2", "--epochs", "3", "--device", "cpu", "--out", str(folder / name)]
     sys.argv += [str(folder / "instruct.json") if option == "HELD OUT" else option for option in options]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dist, "all_reduce", record)
+        patch.setattr(train, "forward_backward", record)
         patch.setattr(train, "save_state", save)
         train.main()
     return losses
@@ -138,10 +136,9 @@ def test_a_finished_run_leaves_its_result_alone(runs):
 def test_a_share_of_nothing_is_refused(tmp_path):
     class Four:
         rank, size = 0, 4
-        device = staticmethod(lambda name: "cpu")
 
     class Arguments:
-        seed, device, dtype, model, out, batch_size = 0, "cpu", "float32", "tiny/llava", tmp_path, 2
+        out, batch_size = tmp_path, 2
         lora = lora_alpha = quantize = None
 
     with pytest.raises(ValueError, match="--batch-size is 2, to be shared by 4 processes; give at least 4"):

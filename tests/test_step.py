@@ -215,7 +215,8 @@ def test_no_step_after_the_first_reads_from_the_device(options, monkeypatch):
     x, _ = model.embed(reference["text_ids"])
     cache = KVCache(model.config.text, 1, 40)
     choose = partial(generate.sample, **ALL | options, random=random)
-    launched = generate.launch(model, x, None, cache, 4, choose, torch.tensor([2]))
+    repetition = generate.Repetition(reference["text_ids"], model.config.text.vocab_size, 1.2)
+    launched = generate.launch(model, x, None, cache, 4, choose, torch.tensor([2]), repetition)
     with torch.no_grad():
         next(launched)
         with NoReading():

@@ -1,23 +1,33 @@
 """Training: what is learnt, what stays frozen, and that a killed run ends as if it had not been killed."""
 
+import codecs
 import json
+import math
+import pickle
 import re
 import sys
+from contextlib import contextmanager
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from shutil import copytree
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train
+from hardware.processes import Alone
 from images import ImageProcessor
+from inputs import IGNORED
 from llava import Llava
 from tiny.world import write
 from tokenizer import Tokenizer, chat_prompt
 from training import data as training_data
-from training.data import Conversations, collate, make_batches
+from training import records as training_records
+from training.data import Encoder, collate, conversations, make_batches
+from training.state import copy_rows
 from weights.checkpoint import save_checkpoint
 
 TINY = "tiny/llava"
@@ -41,14 +51,38 @@ def record(*values):
     return {"id": "x", "image": "x.png", "conversations": [{"from": s, "value": v} for s, v in zip(speakers, values)]}
 
 
+def encoded(path, images, folder, max_length=200, with_picture=False):
+    """The Conversations of a data file for tiny/llava."""
+    tokenizer = Tokenizer.from_pretrained(TINY)
+    encode = lambda record: training_data.encode_conversation(record, tokenizer, "llava")
+    return conversations(path, images, Encoder(encode, tokenizer.image_id, max_length, 64, with_picture), {}, folder, Alone())
+
+
+@contextmanager
+def killed_run(monkeypatch, after=1):
+    """train.py, killed when it has saved the state after so many steps."""
+
+    class Killed(Exception):
+        pass
+
+    def save_then_die(state, folder, step, group, save=train.save_state):
+        save(state, folder, step, group)
+        if step == after:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "save_state", save_then_die)
+        yield patch
+
+
 def test_labels_are_the_assistants_words_and_the_end_mark():
     tokenizer = Tokenizer.from_pretrained(TINY)
     said = ("<image>\nWhere is the star?", "At the top.", "What colour is it?", "Red.")
     ids, labels = training_data.encode_conversation(record(*said), tokenizer, "llava")
-    assert tokenizer.decode([i for i in labels if i != train.IGNORED]) == "At the top. Red."
+    assert tokenizer.decode([i for i in labels if i != IGNORED]) == "At the top. Red."
     assert [i for i in labels if i == tokenizer.eos_id] == [tokenizer.eos_id] * 2
-    assert all(label in (train.IGNORED, i) for i, label in zip(ids, labels, strict=True))
-    assert labels[ids.index(tokenizer.image_id)] == train.IGNORED
+    assert all(label in (IGNORED, i) for i, label in zip(ids, labels, strict=True))
+    assert labels[ids.index(tokenizer.image_id)] == IGNORED
 
 
 @pytest.mark.parametrize("style", ["llava", "bakllava", "vip"])
@@ -72,22 +106,126 @@ def test_a_record_that_is_no_conversation_is_an_error(bad):
         training_data.encode_conversation(bad, Tokenizer.from_pretrained(TINY), "llava")
 
 
-def test_records_that_cannot_be_used_are_left_out_and_counted(tmp_path, capsys):
+def test_records_that_cannot_be_used_are_left_out_and_counted_by_kind(tmp_path, capsys):
+    Image.new("RGB", (9, 9)).save(tmp_path / "x.png")
     good, without_answer = record("<image>\nHi", "Yes."), record("<image>\nHi" + " there" * 200, "Yes.")
     no_picture = {**record("Hi", "Yes."), "id": "lost"}
     cut = {**record("Tell me.", "At the top. " * 80, "<image>\nWhere?", "Left."), "id": "before its picture"}
-    damaged = [cut, {}, 3, {"conversations": [{"from": "human"}]}, {"conversations": None}, {**good, "image": ["x.png"]}]
-    (tmp_path / "data.json").write_text(json.dumps([good, without_answer, no_picture, *damaged]))
-    data = Conversations(tmp_path / "data.json", tmp_path, Tokenizer.from_pretrained(TINY), "llava", 200, 64)
-    assert len(data) == 1
-    assert "8 records left out" in capsys.readouterr().err
+    mark = record("<image>\nHi</s>", "Yes.")
+    damaged = [cut, {}, 3, {"conversations": [{"from": "human"}]}, {"conversations": None}, {**good, "image": [3]}, mark]
+    (tmp_path / "data.json").write_text(json.dumps([good, without_answer, no_picture, *damaged] + [good] * 9))
+    data = encoded(tmp_path / "data.json", tmp_path, tmp_path / "state")
+    assert len(data) == 10
+    said = capsys.readouterr().err
+    assert "9 of 19 records are left out" in said
+    counts = {line[10:].strip(): int(line[:8]) for line in said.splitlines()[1:] if line[:8].strip()}
+    assert list(counts.values()) == [3, 2, 1, 1, 1, 1] and next(iter(counts)).startswith("no conversation")
+    assert "first: record 3 (lost): 0 <image> for 1 pictures" in said and "first: record 10 (x): the user's text contains '</s>'" in said
 
 
-@pytest.mark.parametrize("content, message", [("[{", "data.json is not valid JSON"), ("{}", "holds a dict"), ("[]", "no conversation")])
+@pytest.mark.parametrize(
+    "content, message",
+    [("[{", "data.json is not valid JSON"), ("{}", "no conversation"), ("[]", "no conversation"), ("", "no conversation"),
+     ('[{"a": 1} {"b": 2}]', "after 1 records: found '{' where a comma"), ("[1] 2", "after the list's end"),
+     ("[" * 100_000, "is not valid JSON")],
+)  # fmt: skip
 def test_a_data_file_that_is_none(content, message, tmp_path):
     (tmp_path / "data.json").write_text(content)
     with pytest.raises(ValueError, match=message):
-        Conversations(tmp_path / "data.json", tmp_path, Tokenizer.from_pretrained(TINY), "llava", 200, 64)
+        encoded(tmp_path / "data.json", tmp_path, tmp_path / "state")
+    assert not [*(tmp_path / "state").glob("encoded-*[!l]")]  # none but one that is .partial
+
+
+AS_FILES = {
+    "a list": lambda records: json.dumps(records).encode(),
+    "indented": lambda records: json.dumps(records, indent=4).encode(),
+    "with a byte order mark": lambda records: codecs.BOM_UTF8 + json.dumps(records).encode(),
+    "in UTF-16": lambda records: json.dumps(records, ensure_ascii=False).encode("utf-16"),
+    "JSON lines": lambda records: b"\n".join(json.dumps(record).encode() for record in records),
+    "JSON lines from Windows": lambda records: b"".join(json.dumps(record).encode() + b"\r\n\r\n" for record in records),
+}
+
+
+@pytest.mark.parametrize("block", [1, 7, 1 << 22])
+@pytest.mark.parametrize("as_file", AS_FILES.values(), ids=AS_FILES)
+def test_ways_to_write_a_data_file(as_file, block, tmp_path, monkeypatch):
+    records = [
+        {**record("<image>\nHi", "Oui, ça “va” – 12.5 €."), "n": 12, "list": [[], {}, None, -1.5e3]},
+        {},
+        record("Hi", "\\"),
+        7,
+        "[",
+        12,
+    ]
+    monkeypatch.setattr(training_records, "BLOCK", block)
+    (tmp_path / "data.json").write_bytes(as_file(records))
+    assert [*training_records.read_records(tmp_path / "data.json")] == records
+
+
+@pytest.mark.parametrize(
+    "image, names",
+    [(None, []), ("", []), (math.nan, []), ([], []), ([None], []), ("a.png", ["a.png"]), (["a.png"], ["a.png"]),
+     (["b.png", "a.png"], ["b.png", "a.png"])],
+)  # fmt: skip
+def test_ways_to_name_pictures(image, names, tmp_path):
+    """As tables write them, too: there, what is nothing is null, "" or NaN."""
+    for name, width in (("a.png", 5), ("b.png", 9)):
+        Image.new("RGB", (width, width)).save(tmp_path / name)
+    said = record("<image>\n" * len(names) + "How many?", "Four.")
+    (tmp_path / "data.json").write_text(json.dumps([{**said, "image": image}]))
+    ids, labels, pictures = encoded(tmp_path / "data.json", tmp_path, tmp_path / "state", max_length=400)[0]
+    assert [picture.width for picture in pictures] == [{"a.png": 5, "b.png": 9}[name] for name in names]
+    assert ids.count(Tokenizer.from_pretrained(TINY).image_id) == len(names)
+
+
+def test_a_record_without_the_field_has_no_picture(tmp_path):
+    said = {"conversations": record("How many?", "Four.")["conversations"]}
+    (tmp_path / "data.json").write_text(json.dumps([said]))
+    assert encoded(tmp_path / "data.json", tmp_path, tmp_path / "state")[0][2] == []
+
+
+def test_a_first_turn_of_the_assistants_is_skipped():
+    tokenizer, said = Tokenizer.from_pretrained(TINY), record("<image>\nHow many?", "Four.")
+    greeted = {**said, "conversations": [{"from": "gpt", "value": "Hello."}, *said["conversations"]]}
+    assert training_data.encode_conversation(greeted, tokenizer, "llava") == training_data.encode_conversation(said, tokenizer, "llava")
+
+
+def test_pictures_of_several_are_as_in_inference(tmp_path):
+    """The ids that `Chat` would ask with, and the features of both pictures in the length."""
+    tokenizer = Tokenizer.from_pretrained(TINY)
+    ids, _ = training_data.encode_conversation(record("<image>\n<image>\nWhere?", "Left."), tokenizer, "llava")
+    content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Where?"}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "Left."}]
+    assert ids == tokenizer.encode(chat_prompt(messages, "llava"))
+    Image.new("RGB", (5, 5)).save(tmp_path / "a.png")
+    (tmp_path / "data.json").write_text(json.dumps([{**record("<image>\n<image>\nWhere?", "Left."), "image": ["a.png", "a.png"]}]))
+    assert encoded(tmp_path / "data.json", tmp_path, tmp_path / "state").lengths.tolist() == [len(ids) + 2 * 63]
+
+
+def test_what_is_encoded_is_read_again_unless_something_has_changed(tmp_path):
+    path, tokenizer = tmp_path / "data.json", Tokenizer.from_pretrained(TINY)
+    path.write_text(json.dumps([{**record("Hi", "Yes."), "image": None}]))
+    asked = []
+
+    def read(made_from=0):
+        encode = lambda record: asked.append(record) or training_data.encode_conversation(record, tokenizer, "llava")
+        return conversations(path, tmp_path, Encoder(encode, tokenizer.image_id, 200, 64), made_from, tmp_path / "state", Alone())[0]
+
+    assert read() == read() and len(asked) == 1
+    read(made_from=1)
+    assert len(asked) == 2
+    path.write_text(json.dumps([{**record("Hi", "No."), "image": None}]))
+    assert read()[0] != read(made_from=1) and len(asked) == 4
+
+
+def test_conversations_go_to_other_processes_as_a_folder(data, tmp_path):
+    """To those that read pictures: not as a copy of what is in it."""
+    rows = encoded(data / "instruct.json", data, tmp_path, max_length=512)
+    sent = ForkingPickler.dumps(rows)
+    again = pickle.loads(sent)
+    assert len(sent) < 2000 and len(again) == len(rows) and again[3][:2] == rows[3][:2]
+    again.replaced[2] = True
+    assert rows.replaced.tolist() == [False, False, True] + [False] * 9  # shared
 
 
 def test_padding_on_the_right_changes_no_loss():
@@ -98,7 +236,7 @@ def test_padding_on_the_right_changes_no_loss():
 
     def loss(*examples):
         ids, labels, _ = collate(examples, processor, tokenizer.image_id, tokenizer.pad_id, 64, pad=False)
-        return model(ids, labels=labels).loss * (labels[:, 1:] != train.IGNORED).sum()
+        return model(ids, labels=labels).loss * (labels[:, 1:] != IGNORED).sum()
 
     torch.testing.assert_close(loss(short, long), loss(short) + loss(long), rtol=1e-5, atol=0)
 
@@ -191,7 +329,7 @@ def test_held_out_losses_are_reported_and_change_nothing(monkeypatch, data, tmp_
     assert all(plain[name].equal(watched[name]) for name in plain)
 
     model, tokenizer = Llava.from_pretrained(tmp_path / "plain", dtype=torch.float32), Tokenizer.from_pretrained(TINY)
-    examples = Conversations(held_out, data, tokenizer, "llava", 512, 64)
+    examples = encoded(held_out, data, tmp_path / "state", max_length=512)
     examples = [examples[n] for n in range(len(examples))]
     ids, labels, pixels = collate(examples, ImageProcessor.from_pretrained(TINY), tokenizer.image_id, tokenizer.pad_id, 64, False)
     with torch.no_grad():
@@ -213,20 +351,12 @@ def test_accumulated_batches_equal_one_large_batch(monkeypatch, data, tmp_path):
 
 def test_a_killed_run_resumes_and_ends_the_same(monkeypatch, data, tmp_path, capsys):
     run(monkeypatch, data, tmp_path / "whole")
-    save = train.save_state
-
-    def save_then_die(state, folder, step):
-        save(state, folder, step)
-        if step == 3:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "save_state", save_then_die)
+    with killed_run(monkeypatch, after=3) as patch:
         run(patch, data, tmp_path / "killed", "--save-every", "1e-9")
     assert not (tmp_path / "killed" / "model.safetensors").exists()
     half = tmp_path / "killed" / "training-state" / "4"  # as a kill while saving leaves it
     half.mkdir()
-    (half / "__0_0.distcp").write_bytes(b"half a file")
+    (half / "0-of-1.pt").write_bytes(b"half a file")
     run(monkeypatch, data, tmp_path / "killed")
     assert "going on from step 3" in capsys.readouterr().err
     whole, killed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
@@ -252,12 +382,7 @@ def test_a_finished_run_is_not_begun_anew(monkeypatch, data, tmp_path):
     ],
 )
 def test_the_state_of_another_run_is_refused(options, message, monkeypatch, data, tmp_path):
-    def save_then_die(*arguments, save=train.save_state):
-        save(*arguments)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "save_state", save_then_die)
+    with killed_run(monkeypatch) as patch:
         run(patch, data, tmp_path / "out", "--save-every", "1e-9")
     (tmp_path / "data.json").write_text(json.dumps(json.loads((data / "instruct.json").read_text())[::-1]))
     options = [str(tmp_path / "data.json") if option == "DATA" else option for option in options]
@@ -267,35 +392,39 @@ def test_the_state_of_another_run_is_refused(options, message, monkeypatch, data
         run(monkeypatch, data, tmp_path / "out", *options)
 
 
-def stop_after_a_step(data, out):
-    """A run of which nothing but the state after its first step is left."""
-
-    def save_then_die(*arguments, save=train.save_state):
-        save(*arguments)
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "save_state", save_then_die)
-        run(patch, data, out, "--save-every", "1e-9")
-
-
 def test_a_damaged_state_is_refused(monkeypatch, data, tmp_path):
-    stop_after_a_step(data, tmp_path)
-    for file in ("1/__0_0.distcp", "1/.metadata", "run.json"):  # one after the other: the last is read first
-        for content in (b"", b"garbage", json.dumps([]).encode()):
+    with killed_run(monkeypatch) as patch:
+        run(patch, data, tmp_path, "--save-every", "1e-9")
+    for file in ("1/0-of-1.pt", "1/complete.json", "run.json"):  # one after the other: the last is read first
+        for content in (b"", b"garbage", json.dumps([]).encode(), (tmp_path / "training-state" / file).read_bytes()[:-99]):
             (tmp_path / "training-state" / file).write_bytes(content)
             with pytest.raises(SystemExit, match="is damaged"):
                 run(monkeypatch, data, tmp_path)
 
 
 def test_a_process_that_is_lost_damages_no_state(monkeypatch, data, tmp_path):
-    def lost(*arguments, **options):
+    def lost(*_):
         raise RuntimeError("Connection closed by peer")
 
-    stop_after_a_step(data, tmp_path)
+    with killed_run(monkeypatch) as patch:
+        run(patch, data, tmp_path, "--save-every", "1e-9")
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="Connection closed"):
-        patch.setattr(train.distributed_checkpoint, "load", lost)
+        patch.setattr(Alone, "first_says", lost)
         run(patch, data, tmp_path)
+    run(monkeypatch, data, tmp_path)
+
+
+@pytest.mark.parametrize("cuts", [[7], [3, 4], [4, 3, 0], [1, 1, 1, 1, 1, 1, 1]])
+@pytest.mark.parametrize("first, rows", [(0, 7), (0, 4), (4, 3), (2, 3), (7, 0)])
+def test_rows_are_put_together_from_any_number_of_parts(cuts, first, rows):
+    whole, mine = torch.arange(14.0).reshape(7, 2), torch.zeros(rows, 2)
+    parts = [(part, sum(cuts[:n])) for n, part in enumerate(whole.split(cuts))]
+    copy_rows(mine, first, parts)
+    assert torch.equal(mine, whole[first : first + rows])
+    copy_rows(mine, first, [(whole, 0)] * 2)  # as each of two processes holds what is not cut
+    if rows:
+        with pytest.raises(ValueError, match="not whole"):
+            copy_rows(mine, first, parts[:0])
 
 
 def test_a_state_that_cannot_be_written_is_one_line(monkeypatch, data, tmp_path):
@@ -306,7 +435,7 @@ def test_a_state_that_cannot_be_written_is_one_line(monkeypatch, data, tmp_path)
 
 
 def test_processes_that_see_different_states_are_refused(monkeypatch, data, tmp_path):
-    monkeypatch.setattr(train.dist, "broadcast", lambda step, src: step.fill_(3))  # what the first process has found
+    monkeypatch.setattr(Alone, "first_says", lambda *_: 3)  # what the first process has found
     with pytest.raises(SystemExit, match="holds step 0 here, step 3 for the first process"):
         run(monkeypatch, data, tmp_path)
 
@@ -335,18 +464,49 @@ def test_stage_1_leaves_out_text_alone(monkeypatch, tmp_path, capsys):
     text = {"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "Red."}]}
     (tmp_path / "instruct.json").write_text(json.dumps([text, text, *records]))
     run(monkeypatch, tmp_path, tmp_path / "out", stage=1)
-    assert "2 records left out, the first because: record None has no picture" in capsys.readouterr().err
+    assert "2 of 4 records are left out\n       2  it has no picture for the projector" in capsys.readouterr().err
 
 
-def test_a_broken_picture_is_replaced_by_another_record(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_broken_picture_is_replaced_by_another_record(workers, monkeypatch, tmp_path, capfd):
     write(tmp_path, 4, seed=5)
     (tmp_path / "images" / "000003.png").write_bytes(b"broken")
-    run(monkeypatch, tmp_path, tmp_path / "out")
-    assert "000003.png is not a picture" in capsys.readouterr().err
+    run(monkeypatch, tmp_path, tmp_path / "out", "--epochs", "2", "--workers", workers)
+    said = capfd.readouterr().err
+    assert "000003.png is not a picture" in said and "1 of 4 records had pictures that could not be opened" in said
     for n in range(3):
-        (tmp_path / "images" / f"00000{n}.png").unlink()
-    with pytest.raises(SystemExit, match="no picture of the data can be opened"):
+        (tmp_path / "images" / f"00000{n}.png").write_bytes(b"broken, too")
+    with pytest.raises(SystemExit, match="4 of 4 pictures that were tried cannot be opened: .*000000.png is not a picture"):
         run(monkeypatch, tmp_path, tmp_path / "none")
+
+
+def test_pictures_that_are_not_there_are_left_out_and_too_many_stop_the_run(monkeypatch, tmp_path, capsys):
+    write(tmp_path, 20, seed=5)
+    records = json.loads((tmp_path / "instruct.json").read_text())
+    text = {"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "Red."}]}
+    (tmp_path / "instruct.json").write_text(json.dumps([*records, *[text] * 80]))  # a tenth is of those with pictures
+    for n in range(2):
+        (tmp_path / "images" / f"00000{n}.png").unlink()
+    run(monkeypatch, tmp_path, tmp_path / "out", "--batch-size", "50")
+    assert "2 of 100 records are left out\n       2  its picture is missing\n" in capsys.readouterr().err
+    (tmp_path / "images" / "000002.png").unlink()
+    with pytest.raises(SystemExit, match=f"3 of the 20 records with pictures find none in {tmp_path}; see --images"):
+        run(monkeypatch, tmp_path, tmp_path / "none")
+    with pytest.raises(SystemExit, match=f"20 of the 20 records with pictures find none in {tmp_path}/images; see --images"):
+        run(monkeypatch, tmp_path, tmp_path / "none", "--images", str(tmp_path / "images"))
+    assert not (tmp_path / "none" / "model.safetensors").exists()
+
+
+def test_more_than_half_left_out_stops_the_run(monkeypatch, data, tmp_path, capsys):
+    records = json.loads((data / "instruct.json").read_text())
+    for wrong, stops in ((12, False), (13, True)):
+        (tmp_path / "data.json").write_text(json.dumps(records + [{"messages": []}] * wrong))
+        try:
+            run(monkeypatch, data, tmp_path / str(wrong), "--batch-size", "6", "--data", str(tmp_path / "data.json"))
+            assert not stops
+        except SystemExit as error:
+            assert stops and "13 of the 25 records of" in str(error)
+        assert f"{wrong}  no conversation: expected" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from chat import Chat
 from tiny import marked, world
-from tokenizer import STYLES, chat_prompt, stop_at
+from tokenizer import chat_prompt
 
 
 def padded(chat, questions):
@@ -33,25 +33,11 @@ def padded(chat, questions):
     return ids, torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
 
 
-def answers(chat, questions, images, max_new_tokens=128):
-    """Greedy answers to a batch of questions, each about its own picture and each alone in its conversation."""
-    style, tokenizer = chat.model.config.style, chat.tokenizer
-    ids, mask = padded(chat, questions)
-    rows, end = [[] for _ in questions], STYLES[style]["end"]
-    for step in chat.model.generate(ids, chat.processor(images), mask, max_new_tokens):
-        for row, token in zip(rows, step.tolist()):
-            row.append(token)
-        if all(end in tokenizer.decode(row) for row in rows):  # ViP's "###"; at "</s>" generate stops by itself
-            break
-    return ["".join(stop_at(tokenizer.stream(row), end)) for row in rows]
-
-
 def right(chat, images, questions, truths, batch=50):
     """Whether each answer is the true one, to the letter."""
-    said = []
-    for start in tqdm(range(0, len(questions), batch), desc="grading", unit="batch"):
-        said += answers(chat, questions[start : start + batch], images[start : start + batch])
-    return [answer == truth for answer, truth in zip(said, truths, strict=True)]
+    asked = [(question, [image]) for question, image in zip(questions, images)]
+    answers = tqdm(chat.answer(asked, batch_size=batch, max_new_tokens=128), desc="grading", unit="answer", total=len(asked))
+    return [answer == truth for answer, truth in zip(answers, truths, strict=True)]
 
 
 def commonest(kinds, truths):

@@ -91,15 +91,20 @@ def _exchange(model, names, rank, alpha, dropout):
         setattr(model.get_submodule(parent), leaf, layer.train(model.training))
 
 
-def save_adapter(model, out, base, dtype):
+def save_adapter(model, out, base, dtype, trained=None):
     """Write the adapter that `add_adapter` made, and the projector, into the folder `out`.
 
-    base: the name or folder of the checkpoint that it is for, to be written down.
+    base: the name or folder of the checkpoint that it is for, to be written down. trained: {name: tensor} of both, where the
+    model's own parameters are not whole.
     """
-    layers = adapted(model)
+    layers, trained = adapted(model), trained or dict(model.named_parameters())
     first = next(iter(layers.values()))
-    tensors = {f"{name}.{part}.weight": getattr(layer, part).weight for name, layer in layers.items() for part in ("lora_A", "lora_B")}
-    tensors |= {f"multi_modal_projector.{name}": parameter for name, parameter in model.projector.named_parameters()}
+    tensors = {}
+    for name in layers:
+        for part in ("lora_A", "lora_B"):
+            tensors[f"{name}.{part}.weight"] = trained[f"{name}.{part}.weight"]
+    for name, _ in model.projector.named_parameters():
+        tensors[f"multi_modal_projector.{name}"] = trained[f"projector.{name}"]
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": str(base),

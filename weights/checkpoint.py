@@ -176,14 +176,14 @@ def fill(model, stored, device, dtype, quantizers=None, copy=False):
             setattr(model.get_submodule(module), leaf, tensor if name in buffers else nn.Parameter(tensor, requires_grad=False))
 
 
-def save_checkpoint(model, source, out, dtype, unchanged=None):
+def save_checkpoint(model, source, out, dtype, given=None):
     """Write the model in the published layout, with the other files of the folder `source` beside it, into `out`.
 
-    unchanged: {our name: Stored}, tensors to copy as they are stored, in place of the model's.
+    given: {our name: tensor}, to be written as they are in place of the model's.
     """
-    unchanged = unchanged or {}
+    given = given or {}
     tensors = {
-        published_name(name): unchanged[name].read() if name in unchanged else parameter.detach().to("cpu", dtype)
+        published_name(name): given[name] if name in given else parameter.detach().to("cpu", dtype)
         for name, parameter in model.named_parameters()
     }
     write_checkpoint(tensors, source, out, "model.safetensors")

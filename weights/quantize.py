@@ -1,4 +1,4 @@
-"""8- and 4-bit weights for the language model's linear layers, made while a checkpoint is read. Imports nothing of ours.
+"""8- and 4-bit weights for the language model's linear layers, made while a checkpoint is read.
 
 A decode step reads every weight once, so it takes as long as reading them takes: half the bytes, half the time. Only weights
 are quantised; a product is that of 16-bit numbers with the weights' nearest neighbours on a grid:
@@ -26,7 +26,6 @@ GROUPS = {"int8": None, "int4": 64, "int4-32": 32, "int4-128": 128}
 TINY = torch.finfo(torch.bfloat16).tiny  # a scale is never 0
 TOGETHER = 512  # outputs whose weights a CPU unpacks at once: two megabytes at K = 2048, which stay in its cache
 FEW_OUTPUTS = 64  # that are quantised at once: larger blocks, freed again, would leave holes in the memory between those that stay
-FEW = {torch.int8: 8, torch.uint8: 32}  # rows up to which a CPU is faster with packed weights than after unpacking them
 FILE = "quantized.safetensors"  # not model.safetensors, which transformers would take for plain weights
 
 
@@ -59,13 +58,136 @@ def unpack(packed):
     return torch.stack([packed & 15, packed >> 4], 2).flatten(1).T
 
 
+class Int8:
+    """The grid of 8 bits. weight: q (N, K) int8; scales: (N,)."""
+
+    few = 8  # rows up to which a CPU is faster with packed weights than after unpacking them
+
+    @staticmethod
+    def empty(outputs, inputs, device):
+        return torch.empty(outputs, inputs, dtype=torch.int8, device=device), torch.empty(outputs, dtype=torch.bfloat16, device=device)
+
+    @staticmethod
+    def outputs(scales):
+        return len(scales)
+
+    @staticmethod
+    def fill(weight, scales, plain):
+        """Quantise plain weights (N, K) into the two tensors that are there for them."""
+        q, best = quantize_int8(plain)
+        weight.copy_(q)
+        scales.copy_(best)
+
+    @staticmethod
+    def split(weight, scales, outputs):
+        return zip(weight.split(outputs), scales.split(outputs))
+
+    @staticmethod
+    def dequantize(weight, scales, dtype):
+        return weight.to(dtype) * scales.to(dtype)[:, None]
+
+    @staticmethod
+    def row_product(x, weight, scales):
+        return (weight.float() * x.float()).sum(1) * scales.float()
+
+    @staticmethod
+    def packed(weight, rows):
+        """The weight with `rows` rows packed together: in 8 bits none are."""
+        return weight
+
+    @staticmethod
+    def settled(weight):
+        """A CPU's kernel crashes on memory (of a mapped file) that does not begin at a multiple of 16 bytes."""
+        return weight.clone() if weight.data_ptr() % 16 else weight
+
+    @staticmethod
+    def cpu_kernel(x, weight, scales):
+        """PyTorch's kernel for few rows on a CPU, or None where it cannot be used: it reads rows of other lengths beyond their end."""
+        if x.shape[1] % 64:
+            return None
+        return torch.ops.aten._weight_int8pack_mm(x.bfloat16(), weight, scales.bfloat16())
+
+
+class Int4:
+    """The grid of 4 bits. weight: packed (N / R, K, R / 2) uint8; scales: scales and zeros (K / group, N, 2)."""
+
+    few = 32
+
+    @staticmethod
+    def empty(outputs, inputs, device, group, rows):
+        packed = torch.empty(outputs // rows, inputs, rows // 2, dtype=torch.uint8, device=device)
+        return packed, torch.empty(inputs // group, outputs, 2, dtype=torch.bfloat16, device=device)
+
+    @staticmethod
+    def outputs(scales):
+        return scales.shape[1]
+
+    @staticmethod
+    def fill(weight, scales, plain):
+        """Quantise plain weights (N, K) into the two tensors that are there for them."""
+        q, best = quantize_int4(plain, plain.shape[1] // len(scales))
+        weight.copy_(pack(q, 2 * weight.shape[2]))
+        scales.copy_(best)
+
+    @staticmethod
+    def split(weight, scales, outputs):
+        rows = 2 * weight.shape[2]
+        return zip(weight.split(outputs // rows), scales.split(outputs, dim=1))
+
+    @staticmethod
+    def dequantize(weight, scales, dtype):
+        q = unpack(weight).T.view(torch.int8).sub_(8).to(dtype).view(len(scales), -1, scales.shape[1])  # (K / group, group, N)
+        scales, zeros = scales.to(dtype).permute(2, 0, 1).contiguous()[:, :, None]  # (K / group, 1, N), each in one piece
+        return torch.addcmul(zeros, q, scales, out=q).flatten(0, 1).T
+
+    @staticmethod
+    def row_product(x, weight, scales):
+        blocks, inputs, half = weight.shape  # N / R, K, R / 2
+        groups = len(scales)
+        weight = weight.view(blocks, groups, inputs // groups, half)
+        x = x.float().view(groups, inputs // groups, 1)
+        grids = scales.float().view(groups, blocks, 2, half, 2).transpose(0, 1)
+        scales, zeros = grids[:, :, None].unbind(-1)  # (N / R, groups, 1, 2, R / 2) each
+        sums = []
+        for i, q in enumerate((weight & 15, weight >> 4)):  # unpack: the first half of the rows, then the second
+            near = (q.float() - 8) * scales[..., i, :] + zeros[..., i, :]  # scale: (N / R, groups, group, R / 2)
+            sums.append((near * x).sum((1, 2)))  # sum: (N / R, R / 2)
+        return torch.stack(sums, 1).flatten()
+
+    @staticmethod
+    def packed(weight, rows):
+        """The weight with `rows` rows packed together."""
+        return pack(unpack(weight).contiguous(), rows)
+
+    @staticmethod
+    def settled(weight):
+        """As many rows together as the device's kernel wants."""
+        blocks, _, half = weight.shape
+        rows = rows_together(2 * blocks * half, weight.device)
+        return weight if rows == 2 * half else Int4.packed(weight, rows)
+
+    @staticmethod
+    def cpu_kernel(x, weight, scales):
+        """PyTorch's kernel for few rows on a CPU, or None where it packs otherwise."""
+        if weight.shape[2] == 1:
+            return None
+        group, packed = x.shape[1] // len(scales), weight.view(-1, x.shape[1] // 2)
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), packed, group, scales.bfloat16())
+
+
+def grid_of(weight):
+    """Int8 or Int4: which grid a packed weight is on."""
+    return Int8 if weight.dtype == torch.int8 else Int4
+
+
 def dequantize(weight, scales, dtype):
     """What the packed weight stands for: (N, K), for int4 as a transposed (K, N)."""
-    if weight.dtype == torch.int8:
-        return weight.to(dtype) * scales.to(dtype)[:, None]
-    q = unpack(weight).T.view(torch.int8).sub_(8).to(dtype).view(len(scales), -1, scales.shape[1])  # (K / group, group, N)
-    scales, zeros = scales.to(dtype).permute(2, 0, 1).contiguous()[:, :, None]  # (K / group, 1, N), each in one piece
-    return torch.addcmul(zeros, q, scales, out=q).flatten(0, 1).T
+    return grid_of(weight).dequantize(weight, scales, dtype)
+
+
+def row_product(x, weight, scales):
+    """x Wᵀ for one row, (K,) -> (N,), written as one reduction over the packed weights, into which a compiler can fuse the rest."""
+    return grid_of(weight).row_product(x, weight, scales)
 
 
 def rows_together(outputs, device):
@@ -82,30 +204,9 @@ def cpu_rows():
     return next((rows for rows in (64, 32) if torch.equal(pack(probe.to(torch.uint8), rows).flatten(), packed)), 2)
 
 
-def split(weight, scales, outputs):
-    """A packed weight and its scales, in parts of so many outputs (a multiple of R)."""
-    if weight.dtype == torch.int8:
-        return zip(weight.split(outputs), scales.split(outputs))
-    return zip(weight.split(outputs // (2 * weight.shape[2])), scales.split(outputs, dim=1))
-
-
-def row_product(x, weight, scales):
-    """x Wᵀ for one row, (K,) -> (N,), written as one reduction over the packed weights, into which a compiler can fuse the rest."""
-    x = x.float()
-    if weight.dtype == torch.int8:
-        return (weight.float() * x).sum(1) * scales.float()
-    groups, n = len(scales), len(weight)
-    scales, zeros = scales.float().view(groups, n, 2, -1, 2).transpose(0, 1)[:, :, None].unbind(-1)  # (N / R, K / group, 1, 2, R / 2)
-    x, weight = x.view(groups, -1, 1), weight.view(n, groups, -1, weight.shape[2])
-    halves = [
-        ((((weight >> 4 * i & 15).float() - 8) * scales[..., i, :] + zeros[..., i, :]) * x).sum((1, 2)) for i in range(2)
-    ]  # (N / R, R / 2) each
-    return torch.stack(halves, 1).flatten()
-
-
 def plain_product(x, weight, scales):
     """x Wᵀ, (M, K) -> (M, N), with the weight unpacked; on a CPU part by part, each of which stays in its cache."""
-    parts = split(weight, scales, TOGETHER if x.device.type == "cpu" else 2**20)
+    parts = grid_of(weight).split(weight, scales, TOGETHER if x.device.type == "cpu" else 2**20)
     return torch.cat([x @ dequantize(*part, x.dtype).T for part in parts], 1)
 
 
@@ -124,11 +225,32 @@ class TrainingProduct(torch.autograd.Function):
 
 
 @cache
+def lacks_bfloat16(device):
+    """Whether a device is a GPU older than compute capability 8 (a T4, a V100). PyTorch refuses to compile for it what has an input
+    in bfloat16, and runs the many small kernels instead."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+
+
+@cache
 def compiled_row_product(device):
     """row_product as one kernel, which reads packed weights and nothing else, or None where PyTorch cannot make it."""
     if find_spec("triton") is None or torch.cuda.get_device_capability(device) < (7, 0):
         return None
     return torch.compile(row_product, dynamic=False)
+
+
+def gpu_product(x, weight, scales):
+    """x Wᵀ for a few rows on a GPU, (M, K) -> (M, N), one kernel for each row; None where PyTorch cannot compile it."""
+    rows = x
+    if torch.compiler.is_compiling():
+        product = row_product  # it becomes a part of what is being compiled
+    else:
+        product = compiled_row_product(x.device)
+        if x.dtype == torch.bfloat16 and lacks_bfloat16(x.device):
+            rows = x.float()
+    if product is None:
+        return None
+    return torch.stack([product(row, weight, scales) for row in rows]).to(x.dtype)
 
 
 class QuantizedLinear(nn.Module):
@@ -142,42 +264,42 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("scales", scales)
         self.bias = bias
-        self.in_features, self.out_features = weight.shape[1], len(scales) if weight.dtype == torch.int8 else scales.shape[1]
+        self.grid = grid_of(weight)
+        self.in_features, self.out_features = weight.shape[1], self.grid.outputs(scales)
 
     @classmethod
     def empty(cls, outputs, inputs, scheme, rows=2, device=None, bias=None):
         """One to be filled. rows: R of int4; in a file 2."""
         check_scheme(scheme, outputs, inputs)
-        make, group = partial(torch.empty, device=device), GROUPS[scheme]
         if scheme == "int8":
-            return cls(make(outputs, inputs, dtype=torch.int8), make(outputs, dtype=torch.bfloat16), bias)
-        packed = make(outputs // rows, inputs, rows // 2, dtype=torch.uint8)
-        return cls(packed, make(inputs // group, outputs, 2, dtype=torch.bfloat16), bias)
+            weight, scales = Int8.empty(outputs, inputs, device)
+        else:
+            weight, scales = Int4.empty(outputs, inputs, device, GROUPS[scheme], rows)
+        return cls(weight, scales, bias)
 
     @classmethod
     def of(cls, weight, scheme, bias=None):
-        """Quantise the weight (N, K) of a layer. Never is more of it than a part in more bits."""
+        """Quantise the weight (N, K) of a layer. At most one part of it is in more bits at a time."""
         rows = rows_together(len(weight), weight.device)
         layer = cls.empty(*weight.shape, scheme, rows, weight.device, bias)
-        for part, (place, place_of_scales) in zip(weight.split(FEW_OUTPUTS), split(layer.weight, layer.scales, FEW_OUTPUTS)):
-            q, scales = quantize_int8(part) if scheme == "int8" else quantize_int4(part, GROUPS[scheme])
-            place.copy_(q if scheme == "int8" else pack(q, rows))
-            place_of_scales.copy_(scales)
+        places = layer.grid.split(layer.weight, layer.scales, FEW_OUTPUTS)
+        for plain, (place, place_of_scales) in zip(weight.split(FEW_OUTPUTS), places):
+            layer.grid.fill(place, place_of_scales, plain)
         return layer
 
     def packed(self, rows):
         """The weight, of int4 with so many rows together; in a file they are 2."""
-        return self.weight if self.weight.dtype == torch.int8 else pack(unpack(self.weight).contiguous(), rows)
+        return self.grid.packed(self.weight, rows)
 
     def settle(self):
-        """After loading: put the weight as the device's kernel wants it. int8's on a CPU crashes on memory (of a mapped file)
-        that does not begin at a multiple of 16 bytes."""
-        if self.weight.dtype == torch.uint8:
-            rows = rows_together(self.out_features, self.weight.device)
-            if rows != 2 * self.weight.shape[2]:
-                self.weight = self.packed(rows)
-        elif self.weight.data_ptr() % 16:
-            self.weight = self.weight.clone()
+        """After loading: put the weight and the scales as the device's kernel wants them.
+
+        Scales that a GPU cannot take in bfloat16 become float16, which is as small and holds more digits; only below 6e-5 it may
+        round, by 3e-8 at most.
+        """
+        self.weight = self.grid.settled(self.weight)
+        if lacks_bfloat16(self.weight.device):
+            self.scales = self.scales.half()
 
     def forward(self, x):
         y = self.product(x.flatten(0, -2)).view(*x.shape[:-1], -1)
@@ -189,18 +311,12 @@ class QuantizedLinear(nn.Module):
         weight, scales, device = self.weight, self.scales, x.device.type
         if x.requires_grad:  # the kernels below have no derivative
             return TrainingProduct.apply(x, weight, scales)
-        if device == "cpu" and len(x) <= FEW[weight.dtype]:
-            # PyTorch's kernels are fast in bfloat16 alone: in other types they take 5 to 30 times as long.
-            if weight.dtype == torch.int8 and x.shape[1] % 64 == 0:  # rows of other lengths are read beyond their end
-                return torch.ops.aten._weight_int8pack_mm(x.bfloat16(), weight, scales.bfloat16()).to(x.dtype)
-            if weight.dtype == torch.uint8 and weight.shape[2] > 1:
-                group, packed = x.shape[1] // len(scales), weight.view(-1, x.shape[1] // 2)
-                return torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), packed, group, scales.bfloat16()).to(x.dtype)
-        if device == "cuda" and len(x) <= 8:
-            step = row_product if torch.compiler.is_compiling() else compiled_row_product(x.device)
-            if step is not None:
-                return torch.stack([step(row, weight, scales) for row in x]).to(x.dtype)
-        return plain_product(x, weight, scales)
+        y = None
+        if device == "cpu" and len(x) <= self.grid.few:
+            y = self.grid.cpu_kernel(x, weight, scales)  # fast in bfloat16 alone: in other types it takes 5 to 30 times as long
+        elif device == "cuda" and len(x) <= 8:
+            y = gpu_product(x, weight, scales)
+        return plain_product(x, weight, scales) if y is None else y.to(x.dtype)
 
 
 def check_scheme(scheme, outputs=2, inputs=None):

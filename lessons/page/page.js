@@ -1,5 +1,5 @@
 "use strict";
-/* What is on the page: asking, drawing, the stages, the switches and the tour. The model itself is in model.js. */
+/* What is on the page: asking, drawing, the stages, the switches and the tour. The model is in model.js, the drawn world in scene.js. */
 
 const data = JSON.parse(document.getElementById("data").textContent), config = data.config;
 const file = Uint8Array.from(atob(document.getElementById("weights").textContent), c => c.charCodeAt(0));
@@ -8,9 +8,13 @@ const tokenizer = new Tokenizer(data.tokenizer), processor = new ImageProcessor(
 
 const SIDE = config.vision.image_size, PATCH = config.vision.patch_size, GRID = Math.floor(SIDE / PATCH), P = GRID * GRID;
 const LONGEST = 96;  // tokens of an answer, at the most
+const ENOUGH = 20;  // tokens of one that comes to no end
+const SURE = 0.9;  // the probability below which a word is marked as doubtful
 
 const state = {
-  base: null, things: [], pixels: null, features: null,  // the picture: as chosen, what was drawn on it, as the model reads it
+  picture: null,  // a canvas: what the model is shown
+  scene: null,  // what is known of it: {ground, things, marks}; ground is a colour, or the photograph below; `name` is of a photograph
+  pixels: null, features: null,  // the picture as the model reads it
   question: "", prompt: [], cache: null, answer: [],  // answer: [{token, logits}, …]
   trace: null,  // what the model computed on the way to the answer: Llava.forward's result
   word: 0, patch: 0, head: null,  // what is looked at; head: [block, head]
@@ -35,22 +39,26 @@ const frame = () => new Promise(done => requestAnimationFrame(() => setTimeout(d
 const percent = p => p >= 0.9995 ? "100 %" : p < 0.0001 ? "< 0.01 %" : `${Number((100 * p).toPrecision(p < 0.01 ? 1 : 3))} %`;
 const number = value => value.toFixed(2).replace("-", "−");
 const place = n => `row ${Math.floor(n / GRID) + 1}, column ${n % GRID + 1}`;
+const speak = text => { $("spoken").textContent = text; };  // the one thing on the page that a screen reader says by itself
 const press = (buttons, chosen) => buttons.forEach((button, n) => button.setAttribute("aria-pressed", n === chosen));
 
-// Buttons in rows and columns, of which the Tab key finds one and the arrow keys the others.
-function grid(element, columns, buttons, pick) {
+// Buttons of which the Tab key finds one and the arrow keys the others. With one column, all arrows go forward or back.
+function grid(columns, buttons, pick, first = 0) {
   buttons.forEach((button, n) => {
     button.type = "button";
-    button.tabIndex = n ? -1 : 0;
+    button.tabIndex = n === first ? 0 : -1;
     button.onclick = () => { buttons.forEach(other => other.tabIndex = other === button ? 0 : -1); pick(n); };
     button.onkeydown = event => {
-      const step = {ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns}[event.key], to = buttons[n + step];
+      const step = {ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns}[event.key];
       if (step === undefined) return;
       event.preventDefault();
-      if (!to || Math.abs(step) === 1 && Math.floor((n + step) / columns) !== Math.floor(n / columns)) return;
+      const within = to => Math.abs(step) > 1 || columns === 1 || Math.floor(to / columns) === Math.floor(n / columns);
+      let to = n + step;
+      while (buttons[to]?.disabled) to += step;
+      if (!buttons[to] || !within(to)) return;
       button.tabIndex = -1;
-      to.tabIndex = 0;
-      to.focus();
+      buttons[to].tabIndex = 0;
+      buttons[to].focus();
     };
   });
   return buttons;
@@ -59,22 +67,31 @@ function grid(element, columns, buttons, pick) {
 // A square of so many cells a side over the picture.
 function square(element, cells, pick) {
   element.style.gridTemplate = `repeat(${cells}, 1fr) / repeat(${cells}, 1fr)`;
-  const buttons = grid(element, cells, Array.from({length: cells * cells}, () => make("button")), pick);
+  const buttons = grid(cells, Array.from({length: cells * cells}, () => make("button")), pick);
   element.replaceChildren(...buttons);
   return buttons;
 }
 
-// A list of words with bars: rows of {label, p, cut, pick, chosen}.
+// A list of words with bars: rows of {label, p, text, cut, pick, chosen}; with `after`, what p becomes, there are two bars each.
 function bars(list, rows) {
   const focused = [...list.children].findIndex(row => row.contains(document.activeElement));  // what is replaced must not lose it
-  list.replaceChildren(...rows.map(({label, p, text, cut, pick, chosen}) => {
-    const word = pick ? make("button", {type: "button", onclick: pick, "aria-pressed": Boolean(chosen)}, label) : make("span", {}, label);
-    const bar = make("span", {className: "bar", "aria-hidden": "true"});
-    bar.style.setProperty("--p", Math.max(0, Math.min(1, p)));
-    return make("li", {className: cut ? "cut" : ""}, word, bar,
-      make("span", {className: "number"}, text ?? percent(p) + (cut ? " cut" : "")));
+  const buttons = [];
+  list.replaceChildren(...rows.map(({label, p, after, text, cut, pick, chosen}) => {
+    const word = pick ? make("button", {"aria-pressed": Boolean(chosen)}, label) : make("span", {}, label);
+    if (pick) buttons.push(word);
+    const bar = after === undefined ? one_bar(p) : make("span", {className: "both"}, one_bar(p, "before"), one_bar(after));
+    const number = make("span", {className: "number"}, text ?? percent(p));
+    if (after !== undefined) number.append(cut ? " → cut off" : ` → ${percent(after)}`);
+    return make("li", {className: after === undefined ? "" : "pair"}, word, bar, number);
   }));
+  grid(1, buttons, n => rows[n].pick(), Math.max(0, rows.findIndex(row => row.chosen)));
   list.children[focused]?.querySelector("button")?.focus();
+}
+
+function one_bar(p, name = "") {
+  const bar = make("span", {className: `bar ${name}`, "aria-hidden": "true"});
+  bar.style.setProperty("--p", Math.max(0, Math.min(1, p)));
+  return bar;
 }
 
 // A token as it is shown: a space at its front is a space, what cannot be seen is named.
@@ -86,6 +103,15 @@ function spelling(id) {
   return kind === "byte" && byte > 32 && byte < 127 ? String.fromCharCode(byte) : piece === "<0x0A>" ? "⏎" : piece.replaceAll("▁", " ");
 }
 const label = id => spelling(id).trim() || "␣";
+
+// Which of some tokens are pieces of words, and of which words: what "reen" is one cannot guess.
+function pieces_among(ids) {
+  const found = [...new Set(ids.map(label))].flatMap(piece => {
+    const whole = WORLD.words.includes(piece) || !/^\p{L}+$/u.test(piece) ? undefined : WORLD.words.find(word => word.includes(piece));
+    return whole ? [`“${piece}” of “${whole}”`] : [];
+  });
+  return found.length ? `Pieces of words: ${found.join(", ")}.` : "";
+}
 
 const top_ids = (values, count) => Array.from(values.keys()).sort((a, b) => values[b] - values[a]).slice(0, count);
 const cosine = (a, b) => dot(a, b) / Math.sqrt(dot(a, a) * dot(b, b) || 1);
@@ -134,88 +160,54 @@ function striking(pixels) {
   return top_ids(Array.from({length: P}, (_, n) => differs(n)), 1)[0];
 }
 
-// The world's own shapes, as tiny/world.py paints them.
-function paint(pen, {kind, colour, size, cell}) {
-  const radius = (data.world.sizes[size][0] + data.world.sizes[size][1]) / 2, third = SIDE / 6;
-  const x = third * (2 * (cell % 3) + 1), y = third * (2 * Math.floor(cell / 3) + 1), turn = degrees => degrees * Math.PI / 180;
-  pen.fillStyle = `rgb(${data.world.colours[colour]})`;
-  pen.beginPath();
-  if (kind === "circle" || kind === "ring") {
-    pen.arc(x, y, radius, 0, 2 * Math.PI);
-    if (kind === "ring") pen.arc(x, y, radius * 0.55, 0, 2 * Math.PI, true);
-  } else {
-    const [angles, radii] = {
-      square: [[45, 135, 225, 315], [1.25]],
-      triangle: [[-90, 30, 150], [1.2]],
-      star: [Array.from({length: 10}, (_, k) => 36 * k - 90), [1.2, 0.5]],
-      cross: [Array.from({length: 12}, (_, k) => 90 * Math.floor(k / 3) + [-19.8, 19.8, 45][k % 3]), [1.063, 1.063, 0.509]],
-    }[kind];
-    angles.forEach((angle, k) => {
-      const r = radius * radii[k % radii.length];
-      pen.lineTo(x + r * Math.cos(turn(angle)), y + r * Math.sin(turn(angle)));
-    });
-  }
-  pen.fill();
-}
-
-// ViP-LLaVA's marks around the middle of a place, as marks.py draws them: {kind, colour, cell}.
-function draw_mark(pen, {kind, colour, cell}) {
-  const third = SIDE / 6, x = third * (2 * (cell % 3) + 1), y = third * (2 * Math.floor(cell / 3) + 1), r = third * 0.9;
-  const rgb = data.marks.colours[colour];
-  pen.strokeStyle = `rgba(${rgb}, 0.85)`;
-  pen.fillStyle = `rgba(${rgb}, ${kind === "mask" ? 0.45 : 0.85})`;
-  pen.lineWidth = data.marks.widths[kind];
-  pen.lineJoin = pen.lineCap = "round";
-  pen.beginPath();
-  if (kind === "rectangle" || kind === "mask" || kind === "mask contour") pen.rect(x - r, y - r, 2 * r, 2 * r);
-  if (kind === "ellipse") pen.ellipse(x, y, r, r, 0, 0, 2 * Math.PI);
-  if (kind === "triangle") [[x, y - r], [x + r, y + r], [x - r, y + r]].forEach(corner => pen.lineTo(...corner));
-  if (kind === "point") pen.arc(x, y, pen.lineWidth, 0, 2 * Math.PI);
-  if (kind === "scribble") { pen.moveTo(x - r, y); pen.bezierCurveTo(x - r / 2, y - 2 * r, x + r / 2, y + 2 * r, x + r, y); }
-  if (kind === "arrow") {
-    const angle = Math.atan2(SIDE / 2 - y, SIDE / 2 - x),
-      at = (length, turn) => [x + length * Math.cos(angle + turn), y + length * Math.sin(angle + turn)];
-    pen.moveTo(x, y);
-    pen.lineTo(...at(20, 0));
-    pen.stroke();
-    pen.beginPath();
-    [at(7, Math.PI / 3), [x, y], at(7, -Math.PI / 3)].forEach(corner => pen.lineTo(...corner));
-  }
-  if (["rectangle", "ellipse", "triangle", "mask contour"].includes(kind)) pen.closePath();
-  ["mask", "point", "arrow"].includes(kind) ? pen.fill() : pen.stroke();
-}
-
-// Take a picture, with what was drawn on it, through preprocessing and the vision tower.
-function look() {
-  const canvas = make("canvas", {width: state.base.width, height: state.base.height}), pen = canvas.getContext("2d");
-  pen.drawImage(state.base, 0, 0);
-  for (const thing of state.things) (thing.mark ? draw_mark : paint)(pen, thing);
-  state.pixels = processor.call(pixels_of(canvas));
-  state.features = null;
-  state.patch = striking(state.pixels);
-  document.documentElement.style.setProperty("--picture", `url(${as_seen(state.pixels).toDataURL()})`);
-  $("canvas").querySelectorAll("button").forEach((button, cell) => {
-    const there = state.things.filter(thing => thing.cell === cell).map(name_of).join(", ");
-    button.setAttribute("aria-label", `${data.world.places[cell]}${there && `: ${there}`}`);
-  });
-}
-
-const name_of = thing => thing.mark ? `${thing.colour} ${thing.kind} (mark)` : `${thing.size} ${thing.colour} ${thing.kind}`;
-
-function empty_ground() {
+// A picture of a scene: its ground, its things and its marks.
+function painted({ground, things, marks}) {
   const canvas = make("canvas", {width: SIDE, height: SIDE}), pen = canvas.getContext("2d");
-  pen.fillStyle = "rgb(236, 240, 244)";
-  pen.fillRect(0, 0, SIDE, SIDE);
+  if (Array.isArray(ground)) {
+    pen.fillStyle = `rgb(${ground})`;
+    pen.fillRect(0, 0, SIDE, SIDE);
+  } else {
+    pen.drawImage(ground, 0, 0);
+  }
+  for (const thing of things) paint(pen, thing);
+  for (const mark of marks) draw_mark(pen, mark);
   return canvas;
 }
 
-async function show_example(n) {
-  const {picture, question, answer} = data.examples[n];
-  [state.base, state.things] = [pixels_canvas(await load_picture(picture)), []];
-  press([...$("examples").children], n);
-  $("about-picture").textContent = `Held out: no training picture shows this scene. To “${question}” the right answer is “${answer}”`;
-  $("question").value = question;
-  look();
+// What the picture shows, in words.
+function in_words({things, marks, name}) {
+  if (!name) return describe(things, marks);
+  return things.length ? `${name}, and on top of it: ${describe(things, marks)}` : `${name}, a picture of yours.`;
+}
+
+// Take the picture through preprocessing; where it is shown, it is named by what it shows.
+function look() {
+  state.pixels = processor.call(pixels_of(state.picture));
+  state.features = null;
+  state.patch = striking(state.pixels);
+  document.documentElement.style.setProperty("--picture", `url(${as_seen(state.pixels).toDataURL()})`);
+  const words = in_words(state.scene);
+  $("canvas").setAttribute("aria-label", `The picture: ${words} When drawing: nine places, arrow keys move, Enter draws.`);
+  $("grey").setAttribute("aria-label", `Patches to grey, of the picture: ${words} Arrow keys move, Enter greys.`);
+  draw_map($("mini"), Array(P).fill(1), 64, 0);
+  for (const id of ["mini", "thumb"]) $(id).setAttribute("aria-label", `The picture: ${words}`);
+  show_places();
+  show_suggestions();
+}
+
+const chosen_tool = () => Object.fromEntries(new FormData($("tools")));
+const shown_thing = ({size, colour, kind}) => `${size} ${colour} ${kind}`;
+
+// The nine places are named by what is there; one where the chosen mark cannot go says why.
+function show_places() {
+  const {tool, mark, ink} = chosen_tool();
+  [...$("canvas").children].forEach((button, cell) => {
+    const {things, marks} = state.scene, thing = things.find(one => one.cell === cell), there = marks.find(one => one.cell === cell);
+    const names = [thing && shown_thing(thing), there && `${there.colour} ${there.kind}`].filter(Boolean).join(", ");
+    const refused = tool === "mark" ? never_learnt(thing, marks, mark, ink) : "";
+    button.setAttribute("aria-label", `${WORLD.places[cell]}${names && `: ${names}`}${refused && `. ${refused}`}`);
+    button.classList.toggle("refused", refused !== "");
+  });
 }
 
 const pixels_canvas = picture => {
@@ -223,6 +215,22 @@ const pixels_canvas = picture => {
   canvas.getContext("2d").putImageData(image, 0, 0);
   return canvas;
 };
+
+// Show another picture. about: the note below it; n: which of the examples it is.
+function show_picture(picture, scene, about, n = -1) {
+  [state.picture, state.scene] = [picture, scene];
+  press([...$("examples").children], n);
+  $("about-picture").textContent = about;
+  $("refused").textContent = "";
+  look();
+}
+
+async function show_example(n) {
+  const {picture, question, answer, ground, things, marks} = data.examples[n];
+  const about = `Held out: no training picture shows this scene. To “${question}” the right answer is “${answer}”`;
+  $("question").value = question;
+  show_picture(pixels_canvas(await load_picture(picture)), {ground, things, marks}, about, n);
+}
 
 async function open_file(chosen) {
   if (!chosen) return;
@@ -233,36 +241,52 @@ async function open_file(chosen) {
     const size = `${picture.naturalWidth} × ${picture.naturalHeight} pixels`;
     if (!short || long > 50 * short) throw new Error(`the picture has ${size}; expected sides that differ by 50 times at the most`);
     if (short * long > 4e7) throw new Error(`the picture has ${size}; the page takes up to 40 million: make it smaller`);
-    own_picture(pixels_canvas(picture), `${chosen.name}, ${size}: resized to ${SIDE}, and its middle kept, as the model was trained.`);
-    look();
+    const canvas = pixels_canvas(picture), ground = as_seen(processor.call(pixels_of(canvas)));
+    const about = `${chosen.name}, ${size}: resized to ${SIDE}, and its middle kept, as the model was trained.`;
+    show_picture(canvas, {ground, things: [], marks: [], name: chosen.name}, about);
     ask();
   } catch (error) {
-    $("error").textContent = error.message;
+    complain(error.message);
   } finally {
     URL.revokeObjectURL(url);
   }
 }
 
-function own_picture(canvas, about) {
-  [state.base, state.things] = [canvas, []];
-  press([...$("examples").children], -1);
-  $("about-picture").textContent = about;
+function complain(message) {
+  $("error").textContent = message;
+  speak(message);
 }
 
-// Put the chosen thing in a place, or take away the same thing there.
+// Put the chosen thing or mark in a place, or take away the same there. What else was there gives way.
 function put(cell) {
-  const chosen = Object.fromEntries(new FormData($("tools"))), mark = chosen.tool === "mark";
-  const thing = mark ? {mark, kind: chosen.mark, colour: chosen.ink, cell}
-    : {mark, kind: chosen.kind, colour: chosen.colour, size: chosen.size, cell};
-  const same = state.things.find(there => JSON.stringify(there) === JSON.stringify(thing));
-  state.things = state.things.filter(there => there !== same && (there.cell !== cell || there.mark !== mark));
-  if (!same) state.things.push(thing);
-  press([...$("examples").children], -1);
-  const all = state.things.map(there => `${name_of(there)} ${data.world.places[there.cell]}`).join(", ");
-  $("about-picture").textContent = `Your own scene: ${all || "nothing drawn"}.`;
-  if (mark && !same) $("question").value = `What is ${data.marks.relations[thing.kind]} the ${thing.colour} ${thing.kind}?`;
-  look();
+  const chosen = chosen_tool(), {ground, things, marks, name} = state.scene, thing = things.find(one => one.cell === cell);
+  const scene = {ground, name, things: things.filter(one => one.cell !== cell), marks: marks.filter(one => one.cell !== cell)};
+  if (chosen.tool === "mark") {
+    const {mark: kind, ink: colour} = chosen, refused = never_learnt(thing, marks, kind, colour);
+    $("refused").textContent = refused;
+    if (refused) { speak(refused); return; }
+    scene.things = things;
+    const same = marks.some(one => one.cell === cell && one.kind === kind && one.colour === colour);
+    if (!same) {
+      const mark = random_mark(thing, kind, colour);
+      scene.marks.push(mark);
+      $("question").value = `What is ${words_of(mark)}?`;
+    }
+  } else if (!thing || shown_thing(thing) !== shown_thing(chosen)) {
+    scene.things.push(place_thing({...chosen, cell}));
+  }
+  show_picture(painted(scene), scene, `Your own scene: ${in_words(scene)}`);
   ask();
+}
+
+// Questions to press; of a ViP-LLaVA about the newest mark in the picture, or plain ones where there is none.
+function show_suggestions() {
+  const mark = state.scene.marks.at(-1);
+  const fill = text => text.replace("{words}", mark && words_of(mark)).replace("{name}", mark && `${mark.colour} ${mark.kind}`);
+  const questions = data.suggestions.filter(text => mark || !text.includes("{")).map(fill);
+  const buttons = questions.map(text => make("button", {}, text));
+  grid(1, buttons, n => { $("question").value = questions[n]; ask(); });
+  $("suggestions").replaceChildren(...buttons);
 }
 
 // ---------------------------------------------------------------------------------------------------------- asking
@@ -281,16 +305,15 @@ async function ask() {
     if (length >= room) throw new Error(`the question and its picture are ${length} tokens, more than the ${room - 1} that fit`);
     state.cache = new KVCache(config.text, Math.min(length + LONGEST, room));
   } catch (error) {
-    $("error").textContent = error.message;
+    complain(error.message);
     return;
   }
   state.answer = [];
-  state.word = 0;
   await go_on(state.prompt, true);
 }
 
-// The ids that the cache does not hold yet, and then the answer, word by word.
-async function go_on(ids, looks) {
+// The ids that the cache does not hold yet, and then the answer, word by word. word: which one is looked at in the end.
+async function go_on(ids, looks, word) {
   const mine = ++run, start = performance.now();
   let first = 0;
   state.trace = null;  // until there is one of the new answer
@@ -311,8 +334,10 @@ async function go_on(ids, looks) {
   const more = state.answer.length > 1 ? `, then ${((performance.now() - start - first) / (state.answer.length - 1)).toFixed(0)} ms each`
     : "";
   $("said").textContent = `“${text()}” ${first ? `First word after ${first.toFixed(0)} ms${more}.` : ""}`;
-  state.word = top_ids(state.answer.map(({token, logits}) => -softmax(logits)[token]), 1)[0];  // the one that was least sure
+  state.word = Math.min(word ?? least_sure(), state.answer.length - 1);
   show_answer();
+  show_notes();
+  speak(`“${short(state.answer.map(({token}) => token))}” ${$("outside").textContent}`);
   await frame();
   if (mine !== run) return;
   const tokens = state.answer.map(({token}) => token);
@@ -324,9 +349,40 @@ async function go_on(ids, looks) {
 }
 
 const said = () => tokenizer.decode(state.answer.map(({token}) => token));
-const text = () => said().split(data.style.end)[0].trim();
-const ended = () => state.answer.length > 0
-  && (config.eos_ids.includes(state.answer.at(-1).token) || said().includes(data.style.end) || state.answer.length >= LONGEST);
+const text_of = tokens => tokenizer.decode(tokens).split(data.style.end)[0].trim();
+const text = () => text_of(state.answer.map(({token}) => token));
+const has_end = tokens => config.eos_ids.includes(tokens.at(-1)) || tokenizer.decode(tokens).includes(data.style.end);
+const ended = () => state.answer.length > 0 && (has_end(state.answer.map(({token}) => token)) || state.answer.length >= LONGEST);
+
+// The text of some tokens, of which so many are enough if they come to no end: a broken model can go on for long.
+const short = tokens => has_end(tokens) ? text_of(tokens) : `${text_of(tokens.slice(0, ENOUGH))} …`;
+
+// The word of the answer that was least sure, the marks that end it left out.
+function least_sure() {
+  const words = state.answer.filter(({token}) => /\w/.test(spelling(token)) && !config.eos_ids.includes(token));
+  const doubtful = (words.length ? words : state.answer).toSorted((a, b) => softmax(a.logits)[a.token] - softmax(b.logits)[b.token]);
+  return state.answer.indexOf(doubtful[0]);
+}
+
+// What may need to be explained, beside the answer: its signs, and where it is worth nothing.
+function show_notes() {
+  const tokens = state.answer.map(({token}) => token), signs = ["Choose a word to see what else it could have been."];
+  if (state.answer.some(({token, logits}) => softmax(logits)[token] < SURE)) {
+    signs.push(`A double line marks words of which the model was less than ${100 * SURE} % sure.`);
+  }
+  if (tokens.some(token => label(token) === "␣")) signs.push("␣ is a space that is a token of its own.");
+  if (tokens.some(token => label(token) === "⏎")) signs.push("⏎ begins a new line.");
+  if (tokens.some(token => config.eos_ids.includes(token))) signs.push("(end) is the token that ends the answer.");
+  else if (said().includes(data.style.end)) signs.push(`${data.style.end} is how this model ends its answer: it was trained so.`);
+  $("signs").textContent = signs.join(" ");
+
+  const unknown = [...new Set(state.question.match(/[\p{L}\p{N}_]+/gu))].filter(word => !WORLD.words.includes(word));
+  const notes = [];
+  if (state.scene.name) notes.push("This is no drawn scene, and drawn scenes are all this model knows.");
+  if (unknown.length) notes.push(`No question in its training has ${unknown.map(word => `“${word}”`).join(", ")}, written so.`);
+  if (notes.length) notes.push("It answers all the same, and sounds sure: do not trust it here.");
+  $("outside").textContent = notes.join(" ");
+}
 
 // The answer goes on from its n-th word, which is now this token.
 function go_on_from(n, token) {
@@ -334,16 +390,35 @@ function go_on_from(n, token) {
   state.answer[n] = {...state.answer[n], token};
   state.cache.truncate(state.prompt.length + n);
   show_answer();
-  return go_on([token], false);
+  return go_on([token], false, n);
 }
 
-// Sliders: the same prompt, another draw.
+function set_sliders(temperature, top_p) {
+  [$("temperature").value, $("top-p").value] = [temperature, top_p];
+  show_sliders();
+}
+
+function show_sliders() {
+  for (const id of ["temperature", "top-p"]) $(`${id}-now`).textContent = $(id).value;
+  show_alternatives();
+}
+
+// The same prompt, another draw. The same place in the answer stays in view.
 function draw_again() {
-  if (!state.cache) return;
+  if (!state.answer.length) return;
   state.answer = [];
-  state.word = 0;
   state.cache.truncate(state.prompt.length - 1);
-  return go_on(state.prompt.slice(-1), false);
+  return go_on(state.prompt.slice(-1), false, state.word);
+}
+
+// A token of the answer as one speaks of it: a piece is named with its word.
+function speaking_of(n) {
+  const spelt = state.answer.map(({token}) => spelling(token)), letters = k => /^\s?[\p{L}\p{N}]+$/u.test(spelt[k] ?? "");
+  let [from, to] = [n, n + 1];
+  while (letters(from) && !spelt[from].startsWith(" ") && letters(from - 1)) from--;
+  while (letters(n) && letters(to) && !spelt[to].startsWith(" ")) to++;
+  const whole = spelt.slice(from, to).join("").trim(), piece = label(state.answer[n].token);
+  return to - from > 1 ? `“${piece}”, a piece of “${whole}”` : `“${piece}”`;
 }
 
 function show_answer() {
@@ -352,11 +427,11 @@ function show_answer() {
     const focused = [...$(id).querySelectorAll("button")].indexOf(document.activeElement);  // redrawn, it would be lost
     const buttons = state.answer.map(({token, logits}) => {
       const p = softmax(logits)[token], button = make("button", {className: spelling(token).startsWith(" ") ? "space" : ""}, label(token));
-      if (p < 0.9) button.classList.add("unsure");
+      if (p < SURE) button.classList.add("unsure");
       button.setAttribute("aria-label", `${label(token)}, ${percent(p)}`);
       return button;
     });
-    grid($(id), 1000, buttons, choose_word);
+    grid(1, buttons, choose_word, state.word);
     const groups = [];  // a full stop stays on the line of its word
     for (const button of buttons) {
       if (groups.length && /^\W/.test(button.textContent)) groups.at(-1).append(button);
@@ -366,14 +441,26 @@ function show_answer() {
     press(buttons, state.word);
     buttons[focused]?.focus();
   }
-  const {logits, token} = state.answer[state.word], now = options();
-  const p = softmax(logits), drawn = distribution(logits, now.temperature, now.top_p), best = top_ids(p, 10);
-  $("alternatives-title").textContent = `In the place of “${label(token)}”`;
-  bars($("alternatives"), best.map(id => ({
-    label: label(id), p: p[id], cut: drawn[id] === 0 && now.temperature > 0, chosen: id === token, pick: () => go_on_from(state.word, id),
+  show_alternatives();
+}
+
+// The likeliest words in the chosen place: what the model gives them and, above temperature 0, what is drawn from.
+function show_alternatives() {
+  if (!state.answer.length) return;
+  const {logits, token} = state.answer[state.word], {temperature, top_p} = options();
+  const p = softmax(logits), drawn = distribution(logits, temperature, top_p), draws = temperature > 0;
+  $("alternatives-title").textContent = `In the place of ${speaking_of(state.word)}`;
+  bars($("alternatives"), top_ids(p, 10).map(id => ({
+    label: label(id), p: p[id], after: draws ? drawn[id] : undefined, cut: drawn[id] === 0, chosen: id === token,
+    pick: () => go_on_from(state.word, id),
   })));
-  $("draw-title").textContent = now.temperature > 0
-    ? `Drawn from, at temperature ${now.temperature} and top-p ${now.top_p}, in the place of “${label(token)}”:`
+  $("pieces").textContent = pieces_among(top_ids(p, 10));
+  $("drawn-how").textContent = draws
+    ? `Outline: what the model says. Filled: what a word is drawn with, at temperature ${temperature} and top-p ${top_p}.`
+    : "At temperature 0 nothing is drawn: the likeliest word is taken, and top-p changes nothing.";
+  $("again").disabled = $("top-p").disabled = !draws;
+  $("draw-title").textContent = draws
+    ? `Drawn from, at temperature ${temperature} and top-p ${top_p}, in the place of “${label(token)}”:`
     : `At temperature 0 no draw is made: the likeliest word is taken. In the place of “${label(token)}”:`;
   bars($("draw"), top_ids(p, 6).map(id => ({label: label(id), p: drawn[id]})));
 }
@@ -476,6 +563,7 @@ function show_stages() {
     button.setAttribute("aria-label", `${place(n)}: ${label(id)}, cosine ${c.toFixed(2)}`);
   });
   $("nearest-title").textContent = `Nearest to the patch at ${place(state.patch)}, by cosine:`;
+  $("nearest-pieces").textContent = pieces_among(near(state.patch).map(([id]) => id));
   bars($("nearest-words"), near(state.patch).map(([id, c]) => ({label: label(id), p: c, text: c.toFixed(2)})));
 
   // 5. Splice
@@ -509,9 +597,10 @@ function show_stages() {
   draw_map($("attention"), seen, 448, 3);
   const ids = [...state.prompt, ...state.answer.map(({token}) => token)], name = `block ${state.head[0] + 1}, head ${state.head[1] + 1}`;
   const read = top_ids(weights.map((w, t) => ids[t] === config.image_id ? 0 : w), 3)
-    .map(t => `“${label(ids[t])}” ${percent(weights[t])}`);
-  const where = top_ids(seen, 3).map((n, k) => `(${k + 1}) ${place(n)}`).join(", "), chosen = label(state.answer[state.word].token);
-  $("attention-says").textContent = `For “${chosen}”, ${name} gave the picture ${percent(share)} of its attention, most to ${where}; `
+    .map(t => `${label(ids[t]) === "␣" ? `the space at position ${t}` : `“${label(ids[t])}”`} (${percent(weights[t])})`);
+  const where = top_ids(seen, 3).map((n, k) => `(${k + 1}) ${place(n)}`).join(", ");
+  $("attention-says").textContent = `For ${speaking_of(state.word)}, ${name} gave the picture ${percent(share)} of its attention, `
+    + `most to ${where}; `
     + `of the words most to ${read.join(", ")}.`;
   $("attention").setAttribute("aria-label", $("attention-says").textContent);
 
@@ -552,11 +641,14 @@ function show_stream(states, start) {
   const heads = state.answer.map(({token}, n) => make("th", {scope: "col", className: n === state.word ? "chosen" : ""}, label(token)));
   $("stream").replaceChildren(make("thead", {}, make("tr", {}, make("td", {}, "the answer"), ...heads)), make("tbody", {}, ...rows));
   const box = $("stream").parentElement, column = $("stream").querySelector("th.chosen");
-  box.scrollLeft = column.offsetLeft + column.offsetWidth > box.clientWidth ? column.offsetLeft - 120 : 0;
+  const titles = $("stream").querySelector("td").offsetWidth;  // they stay where they are; the chosen column comes next to them
+  box.scrollLeft = column.offsetLeft + column.offsetWidth > box.clientWidth ? column.offsetLeft - titles : 0;
   $("depth-now").textContent = block ? `after block ${block}` : "before the first block";
   const at_patches = next_words(states[block].slice(start, start + P), block === last);
+  const cells = at_patches.map(([id, p], n) => make("span", {role: "cell"}, label(id)));
   $("lens").style.gridTemplate = `repeat(${GRID}, 1fr) / repeat(${GRID}, 1fr)`;
-  $("lens").replaceChildren(...at_patches.map(([id, p]) => make("span", {}, label(id))));
+  $("lens").replaceChildren(...Array.from({length: GRID}, (_, row) =>
+    make("div", {role: "row"}, ...cells.slice(row * GRID, (row + 1) * GRID))));
 }
 
 // ------------------------------------------------------------------------------------------------------- ablations
@@ -579,10 +671,12 @@ function greyed() {
   return pixels;
 }
 
-// Two digits, and powers of ten for what is large.
-function rounded(value) {
-  const exponent = Math.floor(Math.log10(value)), raised = [...`${exponent}`].map(digit => "⁰¹²³⁴⁵⁶⁷⁸⁹"[digit]).join("");
-  return exponent < 4 ? Number(value.toPrecision(2)) : `${(value / 10 ** exponent).toFixed(1)} · 10${raised}`;
+// How likely the old answer is now, in words. fall: of its log-probability.
+function now_likely(fall) {
+  const times = Math.exp(Math.abs(fall));
+  if (times < 1.1) return "is about as likely as before";
+  if (times > 1000) return fall > 0 ? "would practically never be given now" : "is more than 1000 times more likely than before";
+  return `is ${Number(times.toPrecision(2))} times ${fall > 0 ? "less" : "more"} likely than before`;
 }
 
 let comparison = 0;
@@ -593,7 +687,7 @@ async function compare() {
   if (!state.answer.length) return;
   if (!switched()) {
     $("changed").textContent = `Nothing is switched off. The answer is “${text()}”`;
-    $("compared").replaceChildren();
+    $("compared").replaceChildren(...state.answer.map(({token, logits}) => pair(token, softmax(logits)[token])));
     return;
   }
   $("changed").textContent = "computing …";
@@ -607,27 +701,22 @@ async function compare() {
   if (mine !== comparison) return;
   const cache = new KVCache(config.text, state.cache.max_length), words = [];
   for (const {token} of model.generate(state.prompt, model.encode_images(pixels, undefined, ablated), cache,
-    {max_new_tokens: LONGEST, off: ablated})) {
+    {max_new_tokens: state.answer.length + ENOUGH, off: ablated})) {
     words.push(token);
-    if (tokenizer.decode(words).includes(data.style.end)) break;
+    if (has_end(words)) break;
   }
-  const fall = after.reduce((sum, p, n) => sum + Math.log(before[n]) - Math.log(Math.max(p, 1e-30)), 0),
-    now = tokenizer.decode(words).split(data.style.end)[0].trim();
-  const times = Math.abs(fall) < 0.1 ? "about as likely as before"
-    : `${rounded(Math.exp(Math.abs(fall)))} times ${fall > 0 ? "less" : "more"} likely than before`;
+  const fall = after.reduce((sum, p, n) => sum + Math.log(before[n]) - Math.log(Math.max(p, 1e-30)), 0), now = short(words);
   const becomes = now === text() ? "The answer stays" : "The answer becomes";
-  $("changed").textContent = `${becomes} “${now}” The old one, word for word, is ${times}.`;
-  const titles = ["word", "before: outline; after: filled", "before", "after"];
-  $("compared").replaceChildren(
-    make("li", {className: "compare"}, ...titles.map((title, n) => make("small", {className: n > 1 ? "number" : ""}, title))),
-    ...tokens.map((token, n) => {
-      const [outline, filled] = [make("span", {className: "bar before"}), make("span", {className: "bar"})];
-      outline.style.setProperty("--p", before[n]);
-      filled.style.setProperty("--p", after[n]);
-      return make("li", {className: "compare"}, make("span", {}, label(token)),
-        make("span", {className: "bars-two", "aria-hidden": "true"}, outline, filled),
-        make("span", {className: "number"}, percent(before[n])), make("span", {className: "number"}, percent(after[n])));
-    }));
+  $("changed").textContent = `${becomes} “${now}” The old one, word for word, ${now_likely(fall)}.`;
+  speak($("changed").textContent);
+  $("compared").replaceChildren(...tokens.map((token, n) => pair(token, before[n], after[n])));
+}
+
+// A word of the old answer, with its probability before and after.
+function pair(token, before, after) {
+  const [outline, filled] = [one_bar(before, "before"), one_bar(after ?? before)];
+  const numbers = after === undefined ? percent(before) : `${percent(before)} → ${percent(after)}`;
+  return make("li", {}, make("b", {}, label(token)), outline, filled, make("span", {className: "number"}, numbers));
 }
 
 function toggle(set, value, button) {
@@ -638,32 +727,32 @@ function toggle(set, value, button) {
 
 function switches(element, tower, blocks, heads) {
   element.style.gridTemplateColumns = `repeat(${1 + heads}, minmax(0, 1fr))`;
-  const rows = Array.from({length: blocks}, (_, n) => [
-    make("button", {type: "button", "aria-pressed": "false", "data-part": `${tower} ${n}`,
-      onclick: event => toggle(off.blocks, `${tower} ${n}`, event.currentTarget)}, `block ${n + 1}`),
-    ...Array.from({length: heads},
-      (_, h) => make("button", {type: "button", "aria-pressed": "false", "aria-label": `block ${n + 1}, head ${h + 1}`,
-        "data-part": `${tower} ${n} ${h}`,
-      onclick: event => toggle(off.heads, `${tower} ${n} ${h}`, event.currentTarget)}, `head ${h + 1}`)),
-  ]);
-  element.replaceChildren(...rows.flat());
+  const parts = Array.from({length: blocks}, (_, n) => [
+    {set: off.blocks, part: `${tower} ${n}`, shown: `block ${n + 1}`, name: `block ${n + 1}`},
+    ...Array.from({length: heads}, (_, h) =>
+      ({set: off.heads, part: `${tower} ${n} ${h}`, shown: `head ${h + 1}`, name: `block ${n + 1}, head ${h + 1}`})),
+  ]).flat();
+  const buttons = parts.map(({part, shown, name}) =>
+    make("button", {"aria-pressed": "false", "aria-label": name, "data-part": part}, shown));
+  grid(1 + heads, buttons, n => toggle(parts[n].set, parts[n].part, buttons[n]));
+  element.replaceChildren(...buttons);
 }
 
+// The words from the picture on, each to be kept from looking at it, and in front a button for all of them.
 function show_blind() {
   for (const position of [...off.blind]) if (position >= state.prompt.length + LONGEST) off.blind.delete(position);
   const texts = [...state.prompt, ...state.answer.map(({token}) => token)], after = state.prompt.lastIndexOf(config.image_id) + 1;
-  const buttons = texts.flatMap((id, t) => t < after ? []
-    : [make("button", {type: "button", "aria-pressed": off.blind.has(t), onclick: event => toggle(off.blind, t, event.currentTarget)},
-      spelling(id).trim() || "␣")]);
-  const all = make("button", {type: "button", "aria-pressed": "false", onclick: () => {
-    const every = Array.from({length: state.prompt.length + LONGEST - after}, (_, n) => after + n),
-      whole = every.every(t => off.blind.has(t));
-    off.blind = new Set(whole ? [] : every);
+  const every = Array.from({length: state.prompt.length + LONGEST - after}, (_, n) => after + n);
+  const all = make("button", {"aria-pressed": every.every(t => off.blind.has(t))}, "all of them");
+  const buttons = [all, ...texts.slice(after).map((id, n) => make("button", {"aria-pressed": off.blind.has(after + n)}, label(id)))];
+  grid(1, buttons, n => {
+    if (n) { toggle(off.blind, after + n - 1, buttons[n]); return; }
+    off.blind = new Set(every.every(t => off.blind.has(t)) ? [] : every);
     show_blind();
     $("blind").firstChild.focus();
     compare();
-  }}, "all of them");
-  $("blind").replaceChildren(all, ...buttons);
+  });
+  $("blind").replaceChildren(...buttons);
 }
 
 const names_of = layers => layers.map(k => `${k}`.replace("-", "−")).join(", ");
@@ -689,35 +778,55 @@ function restore() {
 // What is set up for each step; data.tour says with which question, patch, word and head. What the steps say is in page.html.
 const set = data.tour, steps = [...$("steps").children];
 const prepare = [
-  async () => { restore(); await show_example(0); $("question").value = set.question; await ask(); choose_word(set.word); },
+  async () => {
+    restore();
+    set_sliders(0, 1);
+    await show_example(0);
+    $("question").value = set.question;
+    await ask();
+    choose_word(set.word);
+  },
   () => choose_patch(set.patch),
   () => choose_patch(set.patch),
   () => choose_patch(set.patch),
   () => { choose_word(set.word); choose_head(set.head); },
   () => choose_word(set.word),
-  () => { restore(); $("llama-switches").querySelector(`[data-part="${set.off}"]`).click(); },
+  async () => {
+    restore();
+    $("llama-switches").querySelector(`[data-part="${set.off}"]`).click();
+    while ($("changed").textContent === "computing …") await frame();
+  },
 ];
 const choose_word = n => { state.word = Math.max(0, Math.min(n, state.answer.length - 1)); show_answer(); show_stages(); };
 const choose_head = head => { state.head = head; show_stages(); };
 
 let step = -1;
 
+// The panel stands in the section that it speaks of: the Tab key goes on from it to what is to be tried.
 async function tour(n) {
+  const before = step;
   document.querySelectorAll(".now").forEach(element => element.classList.remove("now"));
   step = n;
   $("tour").hidden = n < 0;
-  if (n < 0) { $("start-tour").focus(); return; }
+  document.documentElement.classList.toggle("touring", n >= 0);
+  if (n < 0) {
+    if (before >= 0) $(steps[before].dataset.at).focus({preventScroll: true});  // where one is, one stays
+    return;
+  }
   steps.forEach((element, k) => { element.hidden = k !== n; });
   $("back").disabled = n === 0;
   $("next").textContent = n + 1 < steps.length ? "Next" : "Done";
   $("leave").hidden = n + 1 === steps.length;
-  $("tour").focus();
   const place = $(steps[n].dataset.at);
+  place.prepend($("tour"));
+  $("tour").setAttribute("aria-label", `The tour, ${steps[n].textContent.trim()}`);
+  $("tour").focus({preventScroll: true});
   place.classList.add("now");
   await prepare[n]();
   if (step !== n) return;
-  const narrow = matchMedia("(max-width: 46rem)").matches, calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
-  const shown = narrow ? place.querySelector("#form, .drawing, .result") : place;  // a telephone has no room for what stands above
+  const phone = matchMedia("(max-width: 46rem)").matches, calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  const {wide, narrow} = steps[n].dataset, part = phone ? narrow : wide;  // a telephone has no room for what stands above
+  const shown = part ? place.querySelector(part) : place;
   shown.scrollIntoView({behavior: calm ? "auto" : "smooth", block: "start"});
 }
 
@@ -733,9 +842,10 @@ tiles.forEach((tile, n) => {
 const grey = square($("grey"), GRID, n => toggle(off.grey, n, grey[n]));
 grey.forEach((button, n) => { button.setAttribute("aria-label", `patch at ${place(n)}`); button.setAttribute("aria-pressed", "false"); });
 square($("canvas"), 3, put).forEach(button => { button.disabled = true; });
+for (const section of [$("ask"), $("ablate"), ...document.querySelectorAll(".stage")]) section.tabIndex = -1;  // the tour ends there
 
 const head_canvases = Array.from({length: blocks * heads}, () => make("canvas", {"aria-hidden": "true"}));
-const head_buttons = grid($("heads"), heads, head_canvases.map(canvas => make("button", {}, canvas)),
+const head_buttons = grid(heads, head_canvases.map(canvas => make("button", {}, canvas)),
   n => choose_head([Math.floor(n / heads), n % heads]));
 $("heads").style.gridTemplateColumns = `auto repeat(${heads}, minmax(0, 1fr))`;
 $("heads").replaceChildren(...head_buttons.flatMap((button, n) => n % heads ? [button]
@@ -749,26 +859,36 @@ for (const layers of [null, config.vision_layers.map(k => k === -2 ? -1 : k)]) {
 }
 read_layers(null);
 
-data.examples.forEach(({picture, question}, n) => {
-  const button = make("button", {type: "button", "aria-label": `picture ${n + 1}`}, make("img", {src: picture, alt: ""}));
-  button.onclick = async () => { await show_example(n); ask(); };
-  $("examples").append(button);
-});
-for (const question of new Set(data.suggestions)) {
-  $("suggestions").append(make("button", {type: "button", onclick: () => { $("question").value = question; ask(); }}, question));
-}
+const thumbs = data.examples.map(({picture, things, marks}, n) =>
+  make("button", {"aria-label": `picture ${n + 1}: ${describe(things, marks)}`}, make("img", {src: picture, alt: ""})));
+grid(1, thumbs, async n => { await show_example(n); ask(); });
+$("examples").append(...thumbs);
 
-const choice = (name, values, title) =>
-  make("fieldset", {}, make("legend", {}, title), make("div", {className: "choices"}, ...values.map((value, n) =>
-  make("label", {}, make("input", {type: "radio", name, value, checked: n === 0}), ` ${value}`))));
-$("tools").append(choice("kind", data.world.kinds, "Shape"), choice("colour", Object.keys(data.world.colours), "Colour"),
-  choice("size", ["large", "small"], "Size"));
-if (data.marks) {
-  const [kinds, inks] = [data.marks.relations, data.marks.colours].map(Object.keys);
-  $("tools").prepend(choice("tool", ["mark", "thing"], "Put"), choice("mark", kinds, "Mark"), choice("ink", inks, "Colour of the mark"));
+const choice = (name, values, title) => make("label", {className: `of-${name}`}, `${title} `,
+  make("select", {name}, ...values.map(value => make("option", {value}, value))));
+const thing_choices = make("div", {className: "choices"}, choice("size", ["large", "small"], "Size"),
+  choice("colour", Object.keys(WORLD.colours), "Colour"), choice("kind", WORLD.kinds, "Shape"));
+$("tools").append(thing_choices);
+if (MARKS) {
+  const inks = Object.keys(MARKS.colours).sort((a, b) => (b === "aqua") - (a === "aqua"));  // aqua differs from every thing's colour
+  const mark_choices = make("div", {className: "choices"}, choice("ink", inks, "Colour"), choice("mark", Object.keys(MARKS.kinds), "Mark"));
+  const tools = ["mark", "thing"].map((value, n) =>
+    make("label", {}, make("input", {type: "radio", name: "tool", value, checked: n === 0}), ` a ${value}`));
+  $("tools").prepend(make("div", {className: "choices"}, "Put ", ...tools), mark_choices);
 }
+$("tools").oninput = () => {
+  for (const element of $("tools").querySelectorAll(".of-ink, .of-mark")) element.parentElement.hidden = chosen_tool().tool !== "mark";
+  thing_choices.hidden = chosen_tool().tool === "mark";
+  $("refused").textContent = "";
+  if (state.scene) show_places();
+};
+$("tools").oninput();
 $("tools").onsubmit = event => event.preventDefault();
-$("empty").onclick = () => { own_picture(empty_ground(), "Your own scene: nothing drawn."); look(); ask(); };
+$("empty").onclick = () => {
+  const scene = {ground: [236, 240, 244], things: [], marks: []};
+  show_picture(painted(scene), scene, "Your own scene: an empty ground.");
+  ask();
+};
 $("drawing").ontoggle = () => { for (const button of $("canvas").children) button.disabled = !$("drawing").open; };
 $("file").onchange = event => open_file(event.target.files[0]);
 document.ondragover = event => event.preventDefault();
@@ -776,11 +896,11 @@ document.ondrop = event => { event.preventDefault(); open_file(event.dataTransfe
 
 $("form").onsubmit = event => { event.preventDefault(); ask(); };
 for (const id of ["temperature", "top-p"]) {
-  const now = () => { $(`${id}-now`).textContent = $(id).value; };
-  $(id).oninput = () => { now(); show_answer(); };
+  $(id).oninput = show_sliders;
   $(id).onchange = draw_again;
-  now();
 }
+show_sliders();
+$("again").onclick = draw_again;
 [$("depth").max, $("depth").value] = [blocks, blocks];
 $("depth").oninput = show_stages;
 $("restore").onclick = restore;
@@ -788,9 +908,10 @@ $("start-tour").onclick = () => tour(0);
 $("back").onclick = () => tour(step - 1);
 $("next").onclick = () => tour(step + 1 < steps.length ? step + 1 : -1);
 $("leave").onclick = () => tour(-1);
-$("tour").onkeydown = event => { if (event.key === "Escape") tour(-1); };
+document.onkeydown = event => { if (event.key === "Escape" && step >= 0) tour(-1); };
 const parameters = Array.from(model.weights.values(), weight => weight.data.length).reduce((a, b) => a + b, 0);
-if (data.marks) document.title = $("title").textContent = "A whole ViP-LLaVA in one page";
+if (MARKS) document.title = $("title").textContent = "A whole ViP-LLaVA in one page";
+document.querySelectorAll(MARKS ? ".llava" : ".vip").forEach(element => element.remove());
 $("parameters").textContent = `${(parameters / 1e6).toFixed(1)} million`;
 
 const ready = show_example(0).then(ask);
