@@ -55,7 +55,7 @@ class Chat:
         """Start a new conversation."""
         self._end_turn()
         self.messages, self.images = [], []  # every turn so far; the pictures of all turns, in order
-        self.cut_off = None  # the limit that cut the last answer off: "max_new_tokens", "context", or None
+        self.tokens, self.cut_off = 0, None  # of the last answer: its length, and the limit that cut it off, "max_new_tokens" or "context"
         self._cached = []  # the id in each slot of the KV cache that is taken
 
     def prompt(self, question, images=()):
@@ -86,7 +86,7 @@ class Chat:
             torch.tensor([prompt[kept:]]), pixels, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
             seed=seed, cache=self._cache, repetition_penalty=repetition_penalty, cached_ids=torch.tensor([prompt[:kept]], dtype=torch.long),
         )  # fmt: skip
-        self.cut_off = None
+        self.tokens, self.cut_off = 0, None
         self._turn = self._stream(question, images, prompt, steps, max_new_tokens)
         return self._turn
 
@@ -111,6 +111,7 @@ class Chat:
             else:
                 self._cached = list(prompt)
             ids.append(int(token))
+            self.tokens = len(ids)
             yield ids[-1]
         if ids[-1] not in self.model.config.eos_ids:  # and no end mark in the text, at which nobody asks for another token
             self.cut_off = "max_new_tokens" if len(ids) == max_new_tokens else "context"
@@ -139,7 +140,7 @@ class Chat:
         elif wanted > self._cache.max_length:  # at least doubled, so that a long chat moves it only a few times
             try:
                 self._cache.grow(max(wanted, cache_length(model.config, 2 * self._cache.max_length)))
-            except RuntimeError:  # out of memory, half way: the conversation stays, and is read anew next time
+            except BaseException:  # out of memory, or Ctrl-C, half way: the conversation stays, and is read anew next time
                 self._cache, self._cached = None, []
                 raise
 

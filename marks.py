@@ -93,22 +93,41 @@ class Mark:
         if not (self.colour in [*COLOURS] or _is_rgb(self.colour)):
             expected = f"one of {', '.join(COLOURS)}, or (red, green, blue), each 0 to 255 (#rrggbb in a line of text)"
             raise ValueError(f"colour {self.colour!r} is unknown; expected {expected}")
-        for name, low, high in LIMITS:
-            value, kinds = getattr(self, name), int if name == "alpha" else int | float
-            optional = value is None and name in ("width", "angle")
-            if not optional and not (isinstance(value, kinds) and low <= value <= high):
-                raise ValueError(f"{name} is {value!r}; expected {'a whole number' if kinds is int else 'a number'} from {low} to {high}")
+        self._check_numbers()
         try:
             object.__setattr__(self, "coordinates", tuple(map(float, self.coordinates)))
         except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"coordinates are {self.coordinates!r}; expected numbers ({error})") from None
+        self._check_count()
+        self._check_form()
+
+    def _check_numbers(self):
+        for name, low, high in LIMITS:
+            value = getattr(self, name)
+            if value is None and name in ("width", "angle"):
+                continue
+            kinds, expected = int | float, "a number"
+            if name == "alpha":
+                kinds, expected = int, "a whole number"
+            if not isinstance(value, kinds) or not low <= value <= high:
+                raise ValueError(f"{name} is {value!r}; expected {expected} from {low} to {high}")
+
+    def _check_count(self):
+        """As many coordinates as the kind has, none of them left of the picture or above it."""
         fewest, most = KINDS[self.kind].points
         n = len(self.coordinates)
         if n % 2 or not fewest <= n // 2 <= most:
-            counts = f"{2 * fewest}" if fewest == most else f"{2 * fewest} or more" if most == MANY else f"{2 * fewest} to {2 * most}"
+            counts = f"{2 * fewest} to {2 * most}"
+            if most == fewest:
+                counts = f"{2 * fewest}"
+            elif most == MANY:
+                counts = f"{2 * fewest} or more"
             raise ValueError(f"{self.kind} at {self.coordinates} has {n} coordinates; expected {counts}, in pairs of x, y")
         if not all(math.isfinite(value) and value >= 0 for value in self.coordinates):
             raise ValueError(f"{self.kind} at {self.coordinates} lies outside the picture: expected numbers from 0 up")
+
+    def _check_form(self):
+        """A box and a polygon have an area, a scribble has a length."""
         corners = self._pairs()
         if self._is_box and not (corners[0][0] < corners[1][0] and corners[0][1] < corners[1][1]):
             raise ValueError(f"the box {self.coordinates} is empty; expected left, top, right, bottom, with left < right and top < bottom")
@@ -228,53 +247,66 @@ def random_mark(where, size, random, kind=None, colour=None, kinds=KINDS):
     """
     kind = kind or random.choice([*kinds])
     colour = colour or random.choice([*COLOURS])
-    inside = lambda x, y: (min(max(x, 0), size[0]), min(max(y, 0), size[1]))
-    where = [inside(x, y) for x, y in where]
-    left, right = min(x for x, _ in where), max(x for x, _ in where)
-    top, bottom = min(y for _, y in where), max(y for _, y in where)
-    x, y, width, height = (left + right) / 2, (top + bottom) / 2, right - left, bottom - top
-    more = {}
-    if kind == "rectangle":
-        points = [(left, top), (right, bottom)]
-    elif kind == "ellipse":
-        ratio = random.uniform(1, 1.5) / 2
-        points = [inside(x - ratio * width, y - ratio * height), inside(x + ratio * width, y + ratio * height)]
-    elif kind == "triangle":
-        for _ in range(100):
-            points = [_point_in(where, random) for _ in range(3)]
-            if _widest_angle(points) <= 150:
-                break
-    elif kind == "point":
-        points = [_point_in(where, random, lambda: (random.gauss(x, (width / 8) ** 0.5), random.gauss(y, (height / 8) ** 0.5)))]
-        more["aspect"] = random.choice((1.0, random.uniform(0.5, 2)))
-    elif kind == "scribble":
-        points = _bezier([_point_in(where, random) for _ in range(4)])
-    elif kind == "arrow":
-        points = [(x + random.uniform(-0.25, 0.25) * width, y + random.uniform(-0.25, 0.25) * height)]
-        more["angle"], more["head"] = random.uniform(0, 360), random.uniform(0.2, 0.5)
-        more["length"] = random.uniform(*sorted((max(1, 0.8 * min(width, height) * SIDE / max(size)), 50)))
-        more["bent"], more["filled"] = random.choice((0, random.uniform(-5, 5))), random.random() < 0.5
-    else:
-        points = where
+    where = [_inside(point, size) for point in where]
+    points, form = _random_form(kind, where, size, random)
     if max(map(max, points)) <= 1:  # so close to the corner, pixels would be read as parts of the picture
         points = [(x / size[0], y / size[1]) for x, y in points]
     scale = max(size) / SIDE
     low, high = (int(width * scale + 1e-6) for width in kinds[kind].widths)  # whole pixels of this picture
-    return Mark(
-        kind,
-        tuple(value for point in points for value in point),
-        colour,
-        alpha=random.randint(*kinds[kind].alphas),
-        width=max(1, random.randint(low, high)) / scale if KINDS[kind].width else None,
-        **more,
-    )
+    alpha = random.randint(*kinds[kind].alphas)
+    width = None
+    if KINDS[kind].width:
+        width = max(1, random.randint(low, high)) / scale
+    return Mark(kind, tuple(value for point in points for value in point), colour, alpha=alpha, width=width, **form)
+
+
+def _random_form(kind, where, size, random):
+    """The points of a random mark of a kind, and its other parameters {name: value}. where: a polygon, inside the picture."""
+    left, right = min(x for x, _ in where), max(x for x, _ in where)
+    top, bottom = min(y for _, y in where), max(y for _, y in where)
+    x, y, width, height = (left + right) / 2, (top + bottom) / 2, right - left, bottom - top
+    if kind == "rectangle":
+        return [(left, top), (right, bottom)], {}
+    if kind == "ellipse":
+        ratio = random.uniform(1, 1.5) / 2
+        corners = (x - ratio * width, y - ratio * height), (x + ratio * width, y + ratio * height)
+        return [_inside(corner, size) for corner in corners], {}
+    if kind == "triangle":
+        for _ in range(100):
+            points = [_point_in(where, random) for _ in range(3)]
+            if _widest_angle(points) <= 150:
+                break
+        return points, {}
+    if kind == "point":
+        near_the_middle = lambda: (random.gauss(x, (width / 8) ** 0.5), random.gauss(y, (height / 8) ** 0.5))
+        points = [_point_in(where, random, near_the_middle)]
+        return points, {"aspect": random.choice((1.0, random.uniform(0.5, 2)))}
+    if kind == "scribble":
+        return _bezier([_point_in(where, random) for _ in range(4)]), {}
+    if kind == "arrow":
+        points = [(x + random.uniform(-0.25, 0.25) * width, y + random.uniform(-0.25, 0.25) * height)]
+        form = {"angle": random.uniform(0, 360), "head": random.uniform(0.2, 0.5)}
+        shortest = max(1, 0.8 * min(width, height) * SIDE / max(size))
+        form["length"] = random.uniform(*sorted((shortest, 50)))
+        form["bent"] = random.choice((0, random.uniform(-5, 5)))
+        form["filled"] = random.random() < 0.5
+        return points, form
+    return where, {}
+
+
+def _inside(point, size):
+    """The point of a picture of this (width, height) that is nearest to a point."""
+    return min(max(point[0], 0), size[0]), min(max(point[1], 0), size[1])
 
 
 def _point_in(polygon, random, draw=None):
     """A point drawn until it lies in the polygon, or given up on after fifty: of a very thin one, any near it will do."""
     xs, ys = zip(*polygon)
     for _ in range(50):
-        x, y = draw() if draw else (random.uniform(min(xs), max(xs)), random.uniform(min(ys), max(ys)))
+        if draw is None:
+            x, y = random.uniform(min(xs), max(xs)), random.uniform(min(ys), max(ys))
+        else:
+            x, y = draw()
         crossings = 0  # of a ray to the right with the sides: an odd number from inside
         for (x0, y0), (x1, y1) in zip(polygon, polygon[1:] + polygon[:1]):
             crossings += (y0 > y) != (y1 > y) and x < x0 + (x1 - x0) * (y - y0) / (y1 - y0)
@@ -291,8 +323,12 @@ def _widest_angle(corners):
 
 def _bezier(control, steps=32):
     """Points along the cubic Bézier curve with these four control points."""
-    weights = lambda t: ((1 - t) ** 3, 3 * (1 - t) ** 2 * t, 3 * (1 - t) * t**2, t**3)
-    return [tuple(sum(w * p[axis] for w, p in zip(weights(k / steps), control)) for axis in (0, 1)) for k in range(steps + 1)]
+    points = []
+    for k in range(steps + 1):
+        t = k / steps
+        weights = (1 - t) ** 3, 3 * (1 - t) ** 2 * t, 3 * (1 - t) * t**2, t**3
+        points.append(tuple(sum(w * p[axis] for w, p in zip(weights, control)) for axis in (0, 1)))
+    return points
 
 
 def parse_mark(text):
@@ -309,17 +345,22 @@ def parse_mark(text):
     expected = 'expected a colour, a kind and coordinates, like "red rectangle 40,30,120,110"'
     if plain != names + numbers:
         raise ValueError(f"mark {text!r}: {expected}")
-    colour = "red" if " ".join(names) in KINDS else names.pop(0) if names else ""
+    colour = "red"
+    if " ".join(names) not in KINDS:  # a colour stands before the kind
+        colour = names.pop(0) if names else ""
     if colour.startswith("#"):
         try:
             colour = tuple(bytes.fromhex(colour[1:]))
         except ValueError:
             pass  # Mark will name it
-    known = [*(name for name, *_ in LIMITS), "filled"]
-    if unknown := [name for name in options if name not in known]:
+    known = [name for name, *_ in LIMITS] + ["filled"]
+    unknown = [name for name in options if name not in known]
+    if unknown:
         raise ValueError(f"mark {text!r}: no option {unknown[0]!r}; expected one of {', '.join(known)}")
     try:
-        values = {name: (int if name in ("alpha", "filled") else float)(value) for name, value in options.items()}
+        values = {}
+        for name, value in options.items():
+            values[name] = int(value) if name in ("alpha", "filled") else float(value)
         coordinates = tuple(map(float, numbers))
     except ValueError as error:
         raise ValueError(f"mark {text!r}: {error}; {expected}") from None
@@ -334,9 +375,14 @@ def refer(question, marks):
 
     def words(found):
         number = int(found[1] or 1)
-        if not 1 <= number <= len(marks) or not found[1] and len(marks) > 1:
-            there = "is 1 mark" if len(marks) == 1 else f"are {len(marks)} marks"
-            raise ValueError(f"{found[0]}: there {there}" + ": {mark1}, {mark2} …" * (len(marks) > 1))
+        unclear = found[1] == "" and len(marks) > 1
+        if unclear or not 1 <= number <= len(marks):
+            there = f"are {len(marks)} marks"
+            if len(marks) == 1:
+                there = "is 1 mark"
+            elif len(marks) > 1:
+                there += ": {mark1}, {mark2} …"
+            raise ValueError(f"{found[0]}: there {there}")
         return marks[number - 1].words
 
     return re.sub(r"\{mark(\d{0,3})\}", words, question)

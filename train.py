@@ -28,6 +28,7 @@ import torch
 
 from hardware.processes import Interrupts, processes
 from inputs import IGNORED
+from tokenizer import STYLES
 from training.data import make_batches, own_passes, read_data
 from training.lora import WEIGHTS
 from training.parameters import GradientScaler, load_model, make_trainable
@@ -38,7 +39,7 @@ from weights.quantize import GROUPS
 
 LARGE = 100e6  # parameters of a model above which activations are checkpointed by default
 # Options with which a run may go on that it did not begin with.
-FREE = ("model", "out", "device", "workers", "save_every", "held_out", "checkpoint_activations")
+FREE = ("model", "out", "device", "workers", "save_every", "held_out", "checkpoint_activations", "checkpoint_every")
 
 
 def train(args, group):
@@ -64,8 +65,10 @@ def train(args, group):
 
     with Interrupts(group.size) as interrupts, Report(args.out, args.stage, step, steps, group.rank) as report:
         while step < steps:
-            rate = set_learning_rate(optimizer, learning_rate(step, steps, peak(args), args.warmup))
-            loss = forward_backward(model, list(islice(passes, args.accumulate)), autocast, scaler.scale, group)
+            rate = set_learning_rates(optimizer, args, step, steps)
+            own = list(islice(passes, args.accumulate))
+            torch.manual_seed(args.seed + step * group.size + group.rank)  # for dropout: a run that goes on draws as if it had not stopped
+            loss = forward_backward(model, own, autocast, scaler.scale, group)
             if not math.isfinite(loss):
                 raise ValueError(f"the loss is {loss} at step {step}; a lower --lr may help")
             update(parameters, optimizer, scaler, group)
@@ -78,6 +81,8 @@ def train(args, group):
             if (save or stop) and step < steps:
                 save_state(training_state(model, optimizer, scaler), states, step, group)
                 saved_at = time.monotonic()
+            if args.checkpoint_every and step % args.checkpoint_every == 0:
+                save_result(args, model, source, args.out / f"checkpoint-{step}", stored, group)
             if stop and step < steps:
                 raise KeyboardInterrupt(f"stopped after step {step} of {steps}; the same command goes on from there")
 
@@ -112,8 +117,12 @@ def checkpoints_activations(args, model):
     return sum(parameter.numel() for parameter in model.parameters()) > LARGE
 
 
-def set_learning_rate(optimizer, rate):
-    for settings in optimizer.param_groups:
+def set_learning_rates(optimizer, args, step, steps):
+    """For the next step, of the projector and of the rest. Returns the one of what the stage is named for, to be reported."""
+    rate = learning_rate(step, steps, peak(args), args.warmup)
+    projector, *rest = optimizer.param_groups  # as make_optimizer has put them
+    projector["lr"] = learning_rate(step, steps, args.projector_lr, args.warmup) if args.projector_lr else rate
+    for settings in rest:
         settings["lr"] = rate
     return rate
 
@@ -150,11 +159,13 @@ def update(parameters, optimizer, scaler, group):
 @torch.no_grad()
 def held_out_loss(model, loader, autocast, group):
     """The mean loss of the assistant's words in all batches of a loader."""
-    total = words = 0
+    total, words, training = 0, 0, model.training
+    model.eval()  # without dropout
     with autocast:
         for ids, labels, pixels in loader:
             learnt = (labels[:, 1:] != IGNORED).sum().item()
             total, words = total + model(ids, pixels, labels=labels).loss.item() * learnt, words + learnt
+    model.train(training)
     group.reshard(model)
     return total / words
 
@@ -167,6 +178,14 @@ def check(args, size):
         raise ValueError("--lora is for stage 2; stage 1 trains the projector alone")
     if args.lora_alpha and not args.lora:
         raise ValueError("--lora-alpha is for an adapter; give its rank by --lora")
+    if args.lora_dropout and not args.lora:
+        raise ValueError("--lora-dropout is for an adapter; give its rank by --lora")
+    if args.projector_lr and args.stage == 1:
+        raise ValueError("--projector-lr is for stage 2; stage 1 trains the projector alone, with --lr")
+    if args.format == "plain" and args.stage == 2:
+        raise ValueError("--format plain is for stage 1: it has no questions")
+    if args.format == "plain" and (args.style or args.system is not None):
+        raise ValueError("--style and --system are for --format chat; the plain format has neither")
     if args.quantize and not args.lora:
         raise ValueError("--quantize is for --lora: 8- and 4-bit weights cannot be trained, only an adapter beside them")
     if args.batch_size < size:
@@ -189,13 +208,14 @@ def argument_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--stage", type=int, choices=(1, 2), required=True, help="1: train the projector; 2: also the language model")
     parser.add_argument("--model", required=True, help="checkpoint to start from: a folder or a name on the hub")
-    parser.add_argument("--data", type=Path, required=True, help="JSON list of conversations")
+    parser.add_argument("--data", type=Path, required=True, help="JSON list of conversations, or JSON lines")
     parser.add_argument("--images", type=Path, required=True, help="folder that the records' image files are in")
     parser.add_argument("--out", type=Path, required=True, help="folder for the result, and for the state to resume from")
     parser.add_argument(
         "--lora", type=positive(int), metavar="RANK", help="in stage 2, leave the language model and train an adapter of it"
     )
     parser.add_argument("--lora-alpha", type=positive(float), help="the adapter's weight is this by its rank [twice the rank]")
+    parser.add_argument("--lora-dropout", type=float, default=0.0, metavar="P", help="share of an adapter's inputs that it does not see")
     parser.add_argument(
         "--quantize", choices=GROUPS, help="with --lora, hold the language model in 8 or 4 bits; a quantised --model is so already"
     )
@@ -205,6 +225,15 @@ def argument_parser():
     parser.add_argument(
         "--lr", type=positive(float), help="peak learning rate [LLaVA-1.5: 1e-3 in stage 1, 2e-5 in stage 2, 2e-4 with --lora]"
     )
+    parser.add_argument("--projector-lr", type=positive(float), help="of the projector in stage 2 [as the rest]; LLaVA: 2e-5 with --lora")
+    parser.add_argument(
+        "--format",
+        choices=("chat", "plain"),
+        default="chat",
+        help="plain, as LLaVA has it in stage 1: picture, caption, newline",
+    )
+    parser.add_argument("--style", choices=STYLES, help="the chat format [the checkpoint's own]")
+    parser.add_argument("--system", metavar="TEXT", help="a system sentence in place of the format's own")
     parser.add_argument("--warmup", type=float, default=0.03, help="share of the steps")
     parser.add_argument("--max-length", type=positive(int), default=2048, help="tokens of a conversation, features of its picture included")
     parser.add_argument("--pad", action="store_true", help="pad pictures to a square, as the original does")
@@ -224,6 +253,7 @@ def argument_parser():
         help="conversations whose loss is reported every two minutes; may be repeated",
     )  # fmt: skip
     parser.add_argument("--save-every", type=positive(float), default=5, help="minutes between saved states")
+    parser.add_argument("--checkpoint-every", type=positive(int), metavar="N", help="also write OUT/checkpoint-N every N steps")
     parser.add_argument("--seed", type=int, default=0)
     return parser
 
@@ -238,7 +268,7 @@ def main():
         try:
             train(args, group)
         except KeyboardInterrupt as stop:
-            print(f"\ntrain.py: {stop or 'stopped; nothing new is saved'}", file=sys.stderr)
+            print(f"\ntrain.py: {str(stop) or 'stopped; nothing new is saved'}", file=sys.stderr)
             sys.exit(130)
         except (ValueError, OSError, RuntimeError) as error:
             if group.size > 1:

@@ -45,7 +45,14 @@ def learn(model, what):
 def their_settings(draw):
     """Some of the ways in which PEFT is told what to train."""
     layers = "|".join(draw.sample(LAYERS, 3))
-    return draw.choice(
+    patterns = [r"layers\.0\.self_attn\.q_proj", "v_proj", r"^model\..*up_proj", r".*language_model.*\.1\..*", "proj", "rope"]
+    some = lambda: sorted(draw.sample(patterns, draw.randint(0, 3)))  # as PEFT writes them, which loses any other order
+    factors = dict(
+        use_rslora=draw.random() < 0.5,
+        rank_pattern={pattern: draw.choice([1, 3, 5]) for pattern in some()},
+        alpha_pattern={pattern: draw.choice([2, 5, 0.5]) for pattern in some()},
+    )
+    return factors | draw.choice(
         [
             dict(target_modules="all-linear"),  # the vision tower's and the projector's too
             dict(target_modules=["q_proj", "v_proj"], modules_to_save=["multi_modal_projector"]),

@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from generate import Repetition, greedy, greedy_cached, mask_of_padding, sample
+from images import open_image
 from llama import KVCache
 from tests.compare import FAMILIES, TOLERANCE, load, one_id_per_image, relative
 from tokenizer import expand_images
@@ -454,7 +454,7 @@ def test_prompt_padding_pictures_and_answer_count(bundled):
     width = max(map(len, rows))
     ids = torch.tensor([[model.config.pad_id] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    pixels = chat.processor([Image.open("tiny/example.png")] * 2)
+    pixels = chat.processor([open_image("tiny/example.png")] * 2)
     steps = list(model.generate(ids, pixels, mask, max_new_tokens=8, eos_ids=(), repetition_penalty=penalty))
     assert not torch.equal(torch.stack(steps), torch.stack(list(model.generate(ids, pixels, mask, max_new_tokens=8, eos_ids=()))))
     for token in steps:

@@ -15,9 +15,10 @@ MAY["llava"] = {"clip", "llama", "inputs", "generate", "weights"}
 MAY["batch"] = {"llama", "generate", "hardware"}
 BOOK = {*MAY}
 MAY["chat"] = MAY["training"] = BOOK
+MAY["converse"] = BOOK | {"chat"}
 COMMANDS = ("sample", "train", "convert")
 for command in COMMANDS:
-    MAY[command] = BOOK | {"chat", "training"}
+    MAY[command] = BOOK | {"chat", "training", "converse"}
 ROOMS = {*MAY}
 MAY["tiny"] = ROOMS
 MAY["lessons"] = MAY["bench"] = ROOMS | {"tiny"}

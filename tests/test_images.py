@@ -1,14 +1,23 @@
 """Image preprocessing against golden results of transformers, and files that are not quite pictures."""
 
+import contextlib
 import gc
+import io
 import json
+import os
+import sys
+import threading
+import time
 import warnings
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
+import images
 from images import ImageProcessor, open_image
 from tests.make_images import FILE, MEAN, MODES, SIZES, STD, cases, picture, summary
 
@@ -220,6 +229,224 @@ def test_whatever_a_decoder_raises_is_one_error(tmp_path, monkeypatch, error):
         open_image(tmp_path / "picture.png")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="links and rights of POSIX")
+def test_what_the_system_refuses(tmp_path):
+    loop, locked = tmp_path / "loop.png", tmp_path / "locked.png"
+    loop.symlink_to(loop)
+    picture("RGB", (5, 3)).save(locked)
+    names = {loop: "cannot be opened", tmp_path / ("x" * 300 + ".png"): "cannot be opened", locked / "x.png": "cannot be opened"}
+    for name, words in names.items():
+        with pytest.raises(ValueError, match=words) as error:
+            open_image(name)
+        assert "Errno" not in str(error.value) and "damaged" not in str(error.value)
+    with pytest.raises(ValueError, match="null"):
+        open_image("a\0b.png")
+
+
+def test_a_picture_that_may_not_be_read(tmp_path, monkeypatch):
+    def locked(*_):
+        raise PermissionError(13, "Permission denied")
+
+    picture("RGB", (5, 3)).save(tmp_path / "locked.png")
+    monkeypatch.setattr("builtins.open", locked)
+    with pytest.raises(ValueError, match="locked.png: permission denied"):
+        open_image(tmp_path / "locked.png")
+
+
+def test_eps_without_ghostscript(tmp_path, monkeypatch):
+    picture("RGB", (5, 3)).save(tmp_path / "drawing.eps")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", False)
+    with pytest.raises(ValueError, match="drawing.eps is an EPS picture.*Ghostscript.*install"):
+        open_image(tmp_path / "drawing.eps")
+
+
+def test_a_missing_codec_is_no_damage(tmp_path, monkeypatch):
+    picture("RGB", (5, 3)).save(tmp_path / "picture.png")
+
+    def fail(image):
+        raise OSError("decoder zip not available")
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", fail)
+    with pytest.raises(ValueError, match="picture.png is of a kind that Pillow cannot read here"):
+        open_image(tmp_path / "picture.png")
+
+
+HEAD = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+
+
+def test_heic_needs_a_package(tmp_path, monkeypatch):
+    (tmp_path / "photo.heic").write_bytes(HEAD + bytes(100))
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(ValueError, match="photo.heic is a HEIC picture.*pip install pillow-heif"):
+        open_image(tmp_path / "photo.heic")
+
+
+def test_heic_is_read_where_the_package_is(tmp_path, monkeypatch):
+    """A package that stands in for it reads such a file as a picture of one colour."""
+
+    class Photo(ImageFile.ImageFile):
+        format = "HEIF"
+
+        def _open(self):
+            self._size, self._mode = (6, 4), "RGB"
+
+        def load(self):
+            self._im = Image.new("RGB", self.size, "red").im
+
+    def register_heif_opener():
+        Image.register_open("HEIF", Photo, lambda head: head[4:8] == b"ftyp")
+
+    (tmp_path / "photo.heic").write_bytes(HEAD + bytes(100))
+    monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=register_heif_opener))
+    monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
+    monkeypatch.setattr(Image, "ID", list(Image.ID))
+    assert np.array_equal(np.asarray(open_image(tmp_path / "photo.heic")), np.asarray(Image.new("RGB", (6, 4), "red")))
+
+
+def test_a_telephones_200_megapixels_are_allowed(tmp_path, monkeypatch):
+    assert images.MOST_PIXELS * Image.MAX_IMAGE_PIXELS > 16384 * 12288
+    picture("RGB", (18, 13)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow itself would refuse more than 200
+    assert open_image(tmp_path / "large.png").size == (18, 13) and Image.MAX_IMAGE_PIXELS == 100
+    processor(14)([open_image(tmp_path / "large.png")], pad=True)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 90)
+    with pytest.raises(ValueError, match="large.png is too large a picture: 18×13"):
+        open_image(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert open_image(tmp_path / "large.png").size == (18, 13)
+
+
+# Deep greyscale
+
+GREY = np.asarray(picture("L", (31, 17)))
+DEEP = {
+    "grey16.png": GREY.astype(np.uint16) * 257,
+    "grey12in16.tif": GREY.astype(np.uint16) * 16,
+    "grey16.tif": GREY.astype(np.uint16) * 257,
+    "int32.tif": GREY.astype(np.int32) * 257,
+    "float_0_1.tif": GREY.astype(np.float32) / 255,
+    "float_0_65535.tif": GREY.astype(np.float32) * 257,
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_deep_greyscale_is_scaled_when_asked(tmp_path, name, capsys, monkeypatch):
+    monkeypatch.setattr(images, "_told", set())
+    Image.fromarray(DEEP[name]).save(tmp_path / name)
+    plain = open_image(tmp_path / name)
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and name in said and "--scale-grey" in said
+    assert plain.mode != "L"  # as transformers has it
+    scaled = open_image(tmp_path / name, scale_grey=True)
+    assert scaled.mode == "L" and np.abs(np.asarray(scaled).astype(int) - GREY).max() <= (1 if "12in16" in name else 0)
+    open_image(tmp_path / name)
+    assert capsys.readouterr().err == ""  # said once
+
+
+@pytest.mark.parametrize(
+    "values, black, white",
+    [(np.float32([[-1000, 0, 3000]]), -1000, 3000), (np.int32([[-5, 0, 5]]), -5, 5), (np.float32([[0, np.nan, 1, np.inf]]), 0, 1)],
+)
+def test_values_below_0_and_what_is_no_number(values, black, white):
+    scaled = np.asarray(images.scaled_grey(Image.fromarray(values)))
+    expected = (np.nan_to_num(values.astype(float), posinf=0) - black) / (white - black) * 255
+    assert np.abs(scaled - expected).max() <= 0.5
+
+
+@pytest.mark.parametrize("values", [np.zeros((2, 2), np.uint16), np.full((2, 2), np.nan, np.float32), np.full((2, 2), 1e30, np.float32)])
+def test_one_grey_is_no_error(values):
+    assert len(np.unique(np.asarray(images.scaled_grey(Image.fromarray(values))))) == 1
+
+
+def test_eight_bits_are_left_alone(tmp_path, capsys):
+    for mode in ("L", "LA", "RGB", "P", "1"):
+        picture("L", (5, 3)).convert(mode).save(tmp_path / "picture.png")
+        assert open_image(tmp_path / "picture.png", scale_grey=True) == open_image(tmp_path / "picture.png")
+    assert capsys.readouterr().err == ""
+
+
+# Addresses
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A web server on this machine: its address. What it answers depends on the path."""
+    data = io.BytesIO()
+    picture("RGB", (20, 15)).save(data, "PNG")
+    data = data.getvalue()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path == "/slow.png":
+                time.sleep(1)
+            if self.path == "/moved.png":
+                self.send_response(302)
+                self.send_header("Location", "/picture.png")
+                return self.end_headers()
+            if self.path == "/none.png":
+                return self.send_error(404)
+            self.send_response(200)
+            body = b"<html>" if self.path == "/page" else data
+            self.send_header("Content-Length", str(len(body) + 50 * (self.path == "/cut.png")))
+            self.end_headers()
+            with contextlib.suppress(ConnectionError):  # whoever asked has had enough
+                for k in range(0, len(body), 40):
+                    self.wfile.write(body[k : k + 40])
+                    time.sleep(0.2 * (self.path == "/drips.png"))
+
+        def log_message(self, *_):
+            pass
+
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{httpd.server_address[1]}"
+    httpd.shutdown()
+    httpd.server_close()
+
+
+@pytest.mark.parametrize("path", ["/picture.png", "/moved.png"])
+def test_a_picture_from_an_address(server, path):
+    assert np.array_equal(np.asarray(open_image(server + path)), np.asarray(picture("RGB", (20, 15))))
+
+
+@pytest.mark.parametrize(
+    "path, words",
+    [("/none.png", "404 Not Found"), ("/page", "is not a picture"), ("/cut.png", "ended 50 bytes before"), ("/slow.png", "longer than 0.5"),
+     ("/drips.png", "longer than 0.5")],
+)  # fmt: skip
+def test_an_address_that_gives_no_picture(server, path, words, monkeypatch):
+    monkeypatch.setattr(images, "PATIENCE", 0.5)
+    with pytest.raises(ValueError, match=words) as error:
+        open_image(server + path)
+    assert server + path in str(error.value)
+
+
+def test_an_address_with_too_many_bytes(server, monkeypatch):
+    monkeypatch.setattr(images, "MOST_BYTES", 100)
+    with pytest.raises(ValueError, match="more than 0.0001 MB"):
+        open_image(server + "/picture.png")
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:1/x.png", "http://", "http://[", "http://127.0.0.1:port/", "http://a b/"])
+def test_addresses_that_lead_nowhere(address):
+    with pytest.raises(ValueError, match="cannot be|no host"):
+        open_image(address)
+
+
+def test_file_addresses_and_open_files(tmp_path):
+    file = tmp_path / "a picture.png"
+    picture("RGB", (5, 3)).save(file)
+    expected = open_image(file)
+    assert open_image(file.as_uri()) == expected and open_image("file://localhost" + file.as_uri()[7:]) == expected
+    assert open_image(io.BytesIO(file.read_bytes())) == expected
+    with pytest.raises(FileNotFoundError, match="file:///none.png: no such picture"):
+        open_image("file:///none.png")
+    with pytest.raises(ValueError, match="this file is not a picture"):
+        open_image(io.BytesIO(b"text"))
+
+
 def test_a_decompression_bomb(tmp_path, monkeypatch):
     picture("RGB", (20, 15)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
@@ -264,11 +491,18 @@ def test_both_config_files(tmp_path):
     assert ImageProcessor.from_pretrained(tmp_path) == processor(128, 112)
 
 
-@pytest.mark.parametrize("content", [{"image_processor": None}, {"image_processor": [1]}, [], "[" * 100_000])
+@pytest.mark.parametrize("content", [{"image_processor": [1]}, [], "[" * 100_000])
 def test_a_processor_config_that_is_none(tmp_path, content):
     write(tmp_path, content, "processor_config.json")
     with pytest.raises(ValueError, match="processor_config.json (holds a|is not valid JSON)"):
         ImageProcessor.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("field", ["do_pad", "do_resize", "do_convert_rgb", "resample", "rescale_factor"])
+def test_null_is_as_if_the_field_were_not_there(tmp_path, field):
+    write(tmp_path, CONFIG | {field: None, "device": None, "image_seq_length": None})
+    write(tmp_path, {"image_processor": None, "processor_class": "LlavaProcessor"}, "processor_config.json")
+    assert ImageProcessor.from_pretrained(tmp_path) == processor(112)
 
 
 def test_a_note_called_transparency_is_none():
@@ -301,7 +535,6 @@ def test_no_config(tmp_path, files):
         *[({step: False}, step) for step in CONFIG if step.startswith("do_")],
         ({"do_pad": True}, "do_pad"),
         ({"resample": 2}, "resample"),
-        ({"resample": None}, "resample"),
         ({"rescale_factor": 1 / 127.5}, "rescale_factor"),
         ({"rescale_factor": "1/255"}, "rescale_factor"),
         ({"size": None}, "size"),

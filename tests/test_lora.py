@@ -38,6 +38,7 @@ from training.lora import (
     fingerprint,
     load_adapter,
     merge,
+    rank_and_alpha,
     refuse_merged,
     save_adapter,
 )
@@ -218,7 +219,9 @@ SPOILT = {
     "no JSON": (lambda f: (f / CONFIG).write_text("{"), "is not valid JSON"),
     "another kind": (lambda f: change_config(f, peft_type="IA3"), "has peft_type 'IA3'"),
     "a variant": (lambda f: change_config(f, use_dora=True), "has use_dora True"),
-    "a rank for some": (lambda f: change_config(f, rank_pattern={"q_proj": 4}), "has rank_pattern"),
+    "a rank for some": (lambda f: change_config(f, rank_pattern={"q_proj": 4}), r"does not fit in 4 tensors .* expected \(4, 24\)"),
+    "a rank of 0": (lambda f: change_config(f, rank_pattern={"q_proj": 0}), "has rank_pattern"),
+    "no pattern": (lambda f: change_config(f, alpha_pattern={"q_proj[": 1}), r"has 'q_proj\[' in alpha_pattern"),
     "rank 0": (lambda f: change_config(f, r=0), "has r 0"),
     "another rank": (lambda f: change_config(f, r=3), r"does not fit in 28 tensors .* is \(2, 40\), expected \(3, 40\)"),
     "half a layer": (lambda f: change_tensors(f, lambda t: t.pop(Q + "B.weight")), "q_proj.lora_B.weight is missing, expected"),
@@ -236,6 +239,43 @@ def test_an_adapter_that_does_not_fit_is_refused_and_the_model_left_alone(spoil,
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         load_adapter(model, adapter[0])
     assert not adapted(model) and torch.equal(logits(model), before)
+
+
+NAME = "model.language_model.layers.1.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        ({}, (4, 6)),
+        ({"rank_pattern": None, "alpha_pattern": {}}, (4, 6)),
+        ({"use_rslora": True}, (4, 12)),
+        ({"rank_pattern": {"q_proj": 9}, "use_rslora": True}, (9, 18)),
+        ({"alpha_pattern": {"q_proj": 1}, "use_rslora": True}, (4, 2)),
+        ({"rank_pattern": {"proj": 8, "k_proj": 8, "layers.0.self_attn.q_proj": 8, "q_pro": 8}}, (4, 6)),  # no pattern fits the whole
+        ({"rank_pattern": {"self_attn.q_proj": 8, "q_proj": 7}}, (8, 6)),  # the first that fits
+        ({"rank_pattern": {"^model.language_model.*q_proj": 8}, "alpha_pattern": {"^q_proj": 8}}, (8, 6)),
+        ({"alpha_pattern": {r".*\.[12]\..*": 8}}, (4, 8)),
+        ({"alpha_pattern": {"k_proj|q_proj": 8}}, (4, 8)),
+    ],
+)
+def test_a_rank_and_an_alpha_for_each_layer(fields, expected):
+    assert rank_and_alpha(NAME, {"r": 4, "lora_alpha": 6, **fields}) == expected
+
+
+def test_an_adapter_with_patterns_computes_each_layers_own_factor(adapter):
+    """The same tensors with another factor for one layer: as if its B had that much larger numbers."""
+    folder, _ = adapter
+    plain, changed = model_of(), model_of()
+    load_adapter(plain, folder)
+    layer = plain.language_model.layers[0].self_attn.q_proj
+    layer.lora_B.weight.data *= 2.5 * 2**0.5
+    plain.language_model.layers[1].mlp.up_proj.lora_B.weight.data *= 2**0.5
+    change_config(folder, use_rslora=True, alpha_pattern={"layers.0.self_attn.q_proj": 15, "layers.1.mlp.up_proj": 6, ".*": 6 / 2**0.5})
+    load_adapter(changed, folder)
+    torch.testing.assert_close(logits(changed), logits(plain))
+    merge(changed)
+    torch.testing.assert_close(logits(changed), logits(plain))
 
 
 def test_an_adapter_of_another_family_is_refused(adapter):

@@ -1,18 +1,23 @@
 """The command line, run as a user runs it."""
 
+import io
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import images
 from chat import Chat
 from images import open_image
 from llama import KVCache
+from llava import Llava
 from marks import draw_marks, parse_mark
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -161,6 +166,164 @@ def test_a_mark_between_turns_is_a_new_picture(tmp_path):
 
 def test_an_output_that_cannot_show_a_character_is_no_error():
     assert sample(PYTHONIOENCODING="ascii")[0] == 0
+
+
+def here(monkeypatch, *arguments, stdin=b""):
+    """The same in this process, which is faster: (exit status, standard output, standard error)."""
+    import sample as module
+
+    streams = [io.TextIOWrapper(io.BytesIO(data), newline="\n", write_through=True) for data in (stdin, b"", b"")]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["sample.py", *map(str, arguments)])
+        for name, stream in zip(("stdin", "stdout", "stderr"), streams):
+            patch.setattr(sys, name, stream)
+        try:
+            status = module.main() or 0
+        except SystemExit as end:
+            status = end.code
+        out, err = (stream.buffer.getvalue().decode() for stream in streams[1:])
+    return status, out, err
+
+
+PICTURE, COUNT = "tiny/example.png", "How many things are there?"
+
+
+@pytest.mark.parametrize(
+    "arguments, pictures, question",
+    [
+        ([PICTURE, PICTURE], 2, "Describe the picture."),  # as a shell's *.png gives them
+        ([PICTURE, PICTURE, COUNT], 2, COUNT),
+        ([PICTURE, COUNT], 1, COUNT),
+        ([PICTURE, COUNT, "--image", PICTURE], 2, COUNT),
+        ([PICTURE, "--pad", COUNT], 1, COUNT),
+        ([PICTURE, "-"], 1, "Hi."),
+    ],
+)
+def test_pictures_and_the_question_after_image(monkeypatch, arguments, pictures, question):
+    _, _, err = here(monkeypatch, "--show-prompt", "--max-new-tokens", "1", "--image", *arguments, stdin=b"Hi.")
+    assert "<image>\\n" * pictures + question + " ASSISTANT:" in err and err.count("<image>") == pictures
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([PICTURE], "'tiny/example.png' is the name of a file, not a question"),
+        (["README.md"], "not a question"),
+        (["nothing.png"], "not a question"),
+        (["--image", PICTURE, "nothing.png"], "nothing.png: no such picture"),
+        (["https://example.org/a.png"], "not a question"),
+        (["--image", "-", "--chat"], "--image - reads one picture"),
+        (["--image", "-", "-"], "--image - reads one picture"),
+        (["--image", "-", "Hi.", "--image", "-"], "--image - reads one picture"),
+        (["--image", "-", "Hi."], "this file is not a picture"),
+        (["--image", "http://127.0.0.1:1/a.png", "Hi."], "cannot be reached: Connection refused"),
+        (["--style", "shouting"], "invalid choice: 'shouting'"),
+        (["--repetition-penalty", "0"], "repetition_penalty is 0.0"),
+    ],
+)
+def test_what_is_no_question_or_no_picture(monkeypatch, arguments, words):
+    status, out, err = here(monkeypatch, *arguments)
+    messages = [line for line in err.splitlines() if line.startswith("sample.py: ")]
+    assert (status, out, len(messages)) == (2, "", 1) and words in messages[0]
+
+
+def test_a_picture_from_standard_input_or_a_file_address(monkeypatch):
+    expected = asked(COUNT)[0] + "\n"
+    data = Path(PICTURE).read_bytes()
+    assert here(monkeypatch, "--image", "-", COUNT, stdin=data)[:2] == (0, expected)
+    assert here(monkeypatch, "--image", "file://" + os.path.abspath(PICTURE), COUNT)[:2] == (0, expected)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xef\xbb\xbfHow many things are there?\r\n", b"How many things are there?\r", "How many things are there?\r\n".encode("utf-16"),
+        b"\xef\xbb\xbf\r\n How many things are there?\n\n",
+    ],
+)  # fmt: skip
+def test_a_question_from_windows(monkeypatch, data):
+    assert here(monkeypatch, "-", stdin=data)[:2] == (0, asked(COUNT)[0] + "\n")
+    if not data.startswith(b"\xff"):
+        lines = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").replace(b"\n", b"\r\n")
+        assert here(monkeypatch, "--chat", stdin=lines)[:2] == (0, asked(COUNT)[0] + "\n")
+
+
+def test_line_ends_inside_a_question(monkeypatch):
+    _, _, err = here(monkeypatch, "-", "--show-prompt", "--max-new-tokens", "1", stdin=b"One?\r\nTwo?\rThree?\r\n")
+    assert "One?\\nTwo?\\nThree? ASSISTANT" in err
+
+
+def test_a_chats_commands(monkeypatch, tmp_path):
+    other = tmp_path / "a red picture.png"
+    Image.new("RGB", (112, 112), "red").save(other)
+    lines = ["Is there a star?", f"/image {other}", "Hi.", "/mark red point 10,10", "What is {mark}?", "/reset", "Hi.", "/help"]
+    lines += [f"/image {PICTURE}", f"/image {other}", "/mark red point 10,10", COUNT, "/image", "/image none.png", "/forget", "README.md"]
+    status, out, err = here(monkeypatch, "--chat", "--show-prompt", "--max-new-tokens", "1", stdin="\n".join(lines).encode())
+    prompts = [line for line in err.splitlines() if "USER:" in line]
+    assert [prompt.count("<image>") for prompt in prompts] == [1, 2, 3, 0, 2] and prompts[3].endswith("USER: Hi. ASSISTANT:'")
+    assert "/image FILE" in err and status == 2 and len(out.splitlines()) == 5
+    for words in ('"/image" needs a file', "none.png: no such picture", "'/forget' is no command", "'README.md' is the name of a file"):
+        assert err.count(words) == 1
+
+
+def test_a_full_context_says_what_to_do(monkeypatch):
+    lines = ["Describe the picture."] * 12 + ["/reset", f"/image {PICTURE}", COUNT]
+    status, out, err = here(monkeypatch, "--chat", stdin="\n".join(lines).encode())
+    assert status == 2 and out.splitlines()[-1] == asked(COUNT)[0]
+    assert "tokens: the context is full; /reset begins anew" in err  # an answer that was cut off
+    assert "sample.py: the context is full: with this question" in err and '"/reset"' in err
+
+
+def test_an_answer_that_is_cut_off_says_so(monkeypatch):
+    assert "cut off after 3 tokens by --max-new-tokens" in here(monkeypatch, "--max-new-tokens", "3")[2]
+    assert "cut off" not in here(monkeypatch)[2]
+
+
+def test_ctrl_c_during_an_answer_ends_the_answer(monkeypatch):
+    """Wherever it comes: while the model computes, or while a word is printed."""
+    step, calls = Llava.decode_step, []
+
+    def interrupted(*args, **options):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return step(*args, **options)
+
+    monkeypatch.setattr(Llava, "decode_step", interrupted)
+    status, out, err = here(monkeypatch, "--chat", "--show-prompt", stdin=f"Describe the picture.\n{COUNT}\n".encode())
+    whole = asked("Describe the picture.")[0]
+    first, second = out.splitlines()
+    assert status == 0 and whole.startswith(first) and first != whole and "stopped" in err
+    assert f"ASSISTANT: {first}</s>USER: {COUNT} ASSISTANT:" in err  # as far as it was said, it is in the conversation
+    assert second == asked(COUNT)[0]
+
+
+def test_a_chat_whose_reader_has_gone_ends_quietly():
+    command = f"yes 'Describe the picture.' | {sys.executable} sample.py --chat | head -1"
+    done = subprocess.run(["bash", "-c", command + '; echo "${PIPESTATUS[@]}"'], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1].split()[1] == "0" and "sample.py:" not in done.stderr and "Error" not in done.stderr
+
+
+def test_a_chat_format_by_name(monkeypatch):
+    _, _, err = here(monkeypatch, "--style", "vip", "--show-prompt", "--max-new-tokens", "1", COUNT)
+    assert f"###Human: <image>\\n{COUNT}###Assistant:" in err
+
+
+def test_the_repetition_penalty_changes_the_answer(monkeypatch):
+    plain, penalised = (here(monkeypatch, "--repetition-penalty", penalty)[1] for penalty in ("1", "100"))
+    assert plain == asked("Describe the picture.")[0] + "\n" != penalised
+
+
+def test_deep_greyscale_is_told_and_scaled(monkeypatch, tmp_path):
+    monkeypatch.setattr(images, "_told", set())
+    grey = np.asarray(open_image(PICTURE).convert("L"))
+    Image.fromarray(grey).save(tmp_path / "grey8.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "grey16.png")
+    expected = here(monkeypatch, "--image", tmp_path / "grey8.png", COUNT)
+    assert "--scale-grey" not in expected[2]
+    assert here(monkeypatch, "--image", tmp_path / "grey16.png", COUNT)[2].count("--scale-grey") == 1
+    scaled = here(monkeypatch, "--image", tmp_path / "grey16.png", "--scale-grey", COUNT)
+    assert scaled[:2] == expected[:2]
 
 
 MISTAKES = {

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from shutil import copytree
@@ -14,11 +15,12 @@ from safetensors.torch import load_file
 
 import train
 from llava import Llava
+from tests.test_train import interrupted, many
 from tiny.world import write
 from weights.checkpoint import save_checkpoint
 from weights.config import LlavaConfig
 
-ALIGNING, BFLOAT16 = ("--stage", "1"), ("--dtype", "bfloat16", "--checkpoint-activations")
+ALIGNING, BFLOAT16, FLOAT16 = ("--stage", "1"), ("--dtype", "bfloat16", "--checkpoint-activations"), ("--dtype", "float16")
 ADAPTER, ON_INT8 = ("--lora", "4"), ("--lora", "4", "--quantize", "int8")
 PHASES = [  # each: {the ranks, of four, that train together: (the run's name, its options)}
     {(0, 1): ("two", ("--held-out", "HELD OUT")), (2,): ("one", ()), (3,): ("one aligning", ALIGNING)},
@@ -26,7 +28,7 @@ PHASES = [  # each: {the ranks, of four, that train together: (the run's name, i
     {(0, 1): ("resumed", ()), (2, 3): ("two aligning", ALIGNING)},
     {(0, 1): ("two in bfloat16", BFLOAT16), (2,): ("one in bfloat16", BFLOAT16), (3,): ("one with an adapter", ADAPTER)},
     {(0, 1): ("two with an adapter", ADAPTER), (2, 3): ("two with an adapter of int8", ON_INT8)},
-    {(0,): ("one with an adapter of int8", ON_INT8)},
+    {(0,): ("one with an adapter of int8", ON_INT8), (1,): ("one in float16", FLOAT16), (2, 3): ("two in float16", FLOAT16)},
 ]
 
 
@@ -105,6 +107,7 @@ def differences(one, other):
     [
         ("two", "one", 1e-4), ("four", "one", 1e-4), ("two aligning", "one aligning", 1e-4),
         ("two with an adapter", "one with an adapter", 1e-4), ("two in bfloat16", "one in bfloat16", 0.05),
+        ("two in float16", "one in float16", 0.01),
         ("two with an adapter of int8", "one with an adapter of int8", 1e-4),
     ],
 )  # fmt: skip
@@ -131,6 +134,15 @@ def test_a_finished_run_leaves_its_result_alone(runs):
     for _, _, folder in runs.values():
         files = {file.name for file in Path(folder).iterdir()}
         assert files & {"model.safetensors", "adapter_model.safetensors"} and "training-state" not in files
+
+
+def test_ctrl_c_stops_all_after_the_same_step(tmp_path):
+    command = [*many(tmp_path), "--device", "cpu"]
+    together = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command]
+    _, said = interrupted(together)
+    (line,) = re.findall(r"^train\.py: stopped after step (\d+) of 200; the same command goes on from there$", said, re.MULTILINE)
+    state = tmp_path / "out" / "training-state" / line
+    assert {file.name for file in state.iterdir()} == {"0-of-2.pt", "1-of-2.pt", "complete.json"}
 
 
 def test_a_share_of_nothing_is_refused(tmp_path):

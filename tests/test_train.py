@@ -3,10 +3,15 @@
 import codecs
 import json
 import math
+import os
 import pickle
 import re
+import signal
+import subprocess
 import sys
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from shutil import copytree
@@ -18,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train
-from hardware.processes import Alone
+from hardware.processes import Alone, Interrupts
 from images import ImageProcessor
 from inputs import IGNORED
 from llava import Llava
@@ -27,6 +32,9 @@ from tokenizer import Tokenizer, chat_prompt
 from training import data as training_data
 from training import records as training_records
 from training.data import Encoder, collate, conversations, make_batches
+from training.lora import adapted, add_adapter
+from training.parameters import GradientScaler
+from training.report import losses_file
 from training.state import copy_rows
 from weights.checkpoint import save_checkpoint
 
@@ -534,3 +542,271 @@ def test_saving_beside_the_source_by_another_name(tmp_path):
     (tmp_path / "link").symlink_to(source)
     save_checkpoint(Llava.from_pretrained(source), source, tmp_path / "link", torch.float32)
     assert Llava.from_pretrained(source).dtype == torch.float32
+
+
+def test_float16_scales_its_gradients_and_a_step_that_overflows_is_left_out():
+    """On a model whose gradients are known: those of float32, scaled back, and nothing changed where they are too large."""
+    weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer, scaler = torch.optim.SGD([weight], lr=0.5), GradientScaler(torch.float16)
+    scaler.state[0] = 2.0**15
+
+    def step(factor):
+        (weight * factor * scaler.scale).sum().backward()
+        train.update([weight], optimizer, scaler, Alone())
+
+    step(0.25)
+    assert weight.tolist() == [0.875, 1.875] and scaler.state.tolist() == [2.0**15, 1]
+    step(math.inf)
+    assert weight.tolist() == [0.875, 1.875] and scaler.state.tolist() == [2.0**14, 0]
+    scaler.state[1] = scaler.PATIENCE - 1
+    step(0.25)
+    assert weight.tolist() == [0.75, 1.75] and scaler.state.tolist() == [2.0**15, 0]
+    for dtype in (torch.float32, torch.bfloat16):
+        assert GradientScaler(dtype).scale == 1 and GradientScaler(dtype).fits(torch.tensor(math.inf))
+
+
+@pytest.mark.parametrize("options", [(), ("--lora", "4"), ("--stage", "1")])
+def test_training_in_float16(options, monkeypatch, data, tmp_path):
+    """Near float32's losses, killed and resumed bit by bit; the scale, which has changed by then, goes on too."""
+    monkeypatch.setattr(GradientScaler, "PATIENCE", 2)
+    run(monkeypatch, data, tmp_path / "float32", *options)
+    run(monkeypatch, data, tmp_path / "whole", "--dtype", "float16", *options)
+    with killed_run(monkeypatch, after=3) as patch:
+        run(patch, data, tmp_path / "killed", "--dtype", "float16", "--save-every", "1e-9", *options)
+    run(monkeypatch, data, tmp_path / "killed", "--dtype", "float16", *options)
+    losses = {name: [line["loss"] for line in lines_of(tmp_path / name)] for name in ("float32", "whole", "killed")}
+    assert losses["killed"] == losses["whole"] != losses["float32"]
+    assert losses["whole"] == pytest.approx(losses["float32"], abs=0.02)
+    whole, killed = (load_file(next((tmp_path / name).glob("*.safetensors"))) for name in ("whole", "killed"))
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+def lines_of(out):
+    return [json.loads(line) for line in losses_file(out).read_text().splitlines()]
+
+
+def test_a_line_for_every_step(monkeypatch, data, tmp_path):
+    """Also of a run that was killed: each step once."""
+    with killed_run(monkeypatch, after=3) as patch:
+        run(patch, data, tmp_path / "out", "--save-every", "1e-9")
+    with open(losses_file(tmp_path / "out"), "a") as file:
+        file.write('{"step": 4, "loss": 9, "lr": 0}\n{"step": 5, "lo')  # what a step that was not saved, and a kill, leave
+    run(monkeypatch, data, tmp_path / "out", "--held-out", f"{data}/instruct.json")
+    *steps, held_out = lines_of(tmp_path / "out")
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6] and all(0 <= line["loss"] < 1 for line in steps)
+    assert [line["lr"] for line in steps] == [train.learning_rate(step, 6, 1e-3, 0.03) for step in range(6)]
+    assert held_out.keys() == {"step", "held_out"} and held_out["held_out"].keys() == {"instruct.json"}
+
+
+def many(folder, count=400):
+    """Conversations enough for a run to be interrupted."""
+    write(folder, 4, seed=5)
+    records = json.loads((folder / "instruct.json").read_text())
+    (folder / "instruct.json").write_text(json.dumps(records * (count // 4)))
+    return f"train.py --stage 2 --model {TINY} --data {folder}/instruct.json --images {folder} --out {folder}/out --batch-size 2".split()
+
+
+def interrupted(command):
+    """(exit status, standard error) of a command that gets SIGINT, as by Ctrl-C, when it has done two steps."""
+    out = Path(command[command.index("--out") + 1])
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True
+    ) as process:
+        while not (losses_file(out).exists() and losses_file(out).read_text().count("\n") >= 2):
+            time.sleep(0.05)
+            assert process.poll() is None, process.stderr.read()
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them, those that read pictures too
+        said = process.communicate(timeout=60)[1]
+    return process.returncode, said
+
+
+@pytest.mark.parametrize("options", [(), ("--workers", "1"), ("--lora", "2", "--dtype", "float16")])
+def test_ctrl_c_saves_the_step_under_way_and_the_same_command_goes_on(options, monkeypatch, tmp_path, capsys):
+    command = [*many(tmp_path), *options]
+    status, said = interrupted([sys.executable, *command])
+    (line,) = re.findall(r"^train\.py: stopped after step (\d+) of 200; the same command goes on from there$", said, re.MULTILINE)
+    assert status == 130 and "Traceback" not in said
+    assert [state.name for state in (tmp_path / "out" / "training-state").glob("[0-9]*")] == [line]
+
+    class Begun(Exception):
+        pass
+
+    def begin(*arguments):
+        raise Begun
+
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(train, "forward_backward", begin)
+    with pytest.raises(Begun):
+        train.main()
+    assert f"going on from step {line}" in capsys.readouterr().err
+
+
+def test_ctrl_c_before_the_first_step_is_one_line(monkeypatch, data, tmp_path, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "load_model", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, data, tmp_path)
+    assert stop.value.code == 130 and capsys.readouterr().err == "\ntrain.py: stopped; nothing new is saved\n"
+
+
+def test_a_second_ctrl_c_ends_a_single_process_at_once():
+    with pytest.raises(KeyboardInterrupt), Interrupts(1) as one:
+        one.ask()
+        one.ask()
+    with Interrupts(2) as several:  # each hears it from the terminal and from torchrun
+        several.ask()
+        several.ask()
+        assert several.asked
+
+
+WITHOUT_DISTRIBUTED = """
+import importlib.abc, sys
+class Without(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "torch.distributed":
+            import torch._C
+            for attribute in ("_c10d_init", "_rpc_init", "_dist_autograd_init", "_faulty_agent_init"):
+                if hasattr(torch._C, attribute):
+                    delattr(torch._C, attribute)
+        if name.startswith("torch._C._distributed"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Without())
+"""
+
+
+def test_a_pytorch_without_torch_distributed_answers_and_trains(data, tmp_path):
+    """As AMD's for Windows is built. What such a build lacks is taken away; a run is stopped, and goes on."""
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT_DISTRIBUTED)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+
+    def ask(*command):
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert ask("-c", "import torch; print(torch.distributed.is_available())") == "False\n"
+    assert ask("sample.py", "How many things are there?") == "Four.\n"
+    command = f"train.py --stage 2 --model {TINY} --data {data}/instruct.json --images {data} --out {tmp_path}/out --batch-size 2".split()
+    ask(*command, "--save-every", "1e-9", "--lora", "2", "--dtype", "bfloat16")
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_many_conversations_are_encoded_by_several_processes_as_by_one(tmp_path, monkeypatch, capsys):
+    """In their order, and what is left out is counted."""
+    records = [{**record(f"How many? {n}", "Four."), "image": None} for n in range(40)]
+    records[7], records[21] = {"conversations": 3}, {**records[21], "conversations": []}
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    one = encoded(tmp_path / "data.json", tmp_path, tmp_path / "one")
+    first = capsys.readouterr().err
+    monkeypatch.setattr(training_data, "BLOCK", 3)
+    tokenizer = Tokenizer.from_pretrained(TINY)
+    encoder = Encoder(partial(training_data.encode_conversation, tokenizer=tokenizer, style="llava"), tokenizer.image_id, 200, 64)
+    several = conversations(tmp_path / "data.json", tmp_path, encoder, {}, tmp_path / "several", Alone())
+    assert len(one) == len(several) == 38 and all(one[n] == several[n] for n in range(38))
+    assert capsys.readouterr().err == first and "record 8: " in first and "record 22 (x): " in first
+
+
+def test_a_record_with_regions_is_left_out(tmp_path, capsys):
+    """ViP-LLaVA's own, whose marks would have to be drawn."""
+    plain, regions = ({**record(f"What is {words}?", "A cat."), "image": None} for words in ("this", "<bbox0>"))
+    (tmp_path / "data.json").write_text(json.dumps([plain, regions]))
+    assert len(encoded(tmp_path / "data.json", tmp_path, tmp_path / "state")) == 1
+    assert "1  it refers to regions of its picture" in capsys.readouterr().err
+
+
+def test_the_plain_format_is_picture_caption_and_newline():
+    """As LLaVA's first stage: no question, no end mark; caption and newline are learnt."""
+    tokenizer, said = Tokenizer.from_pretrained(TINY), record("<image>\nDescribe the picture.", "A large red star.")
+    ids, labels = training_data.encode_caption(said, tokenizer)
+    caption = tokenizer.encode("A large red star.\n")[1:]
+    assert tokenizer.model.id_to_piece(caption[-1]) == "<0x0A>" and tokenizer.model.id_to_piece(caption[0]).startswith("▁")
+    assert ids == [tokenizer.bos_id, tokenizer.image_id, *caption]
+    assert labels == [IGNORED, IGNORED, *caption]
+    for bad in (record("<image>\nA?", "B.", "C?", "D."), record("<image>\nWhat?", "A </s>.")):
+        with pytest.raises(ValueError):
+            training_data.encode_caption(bad, tokenizer)
+
+
+def test_a_system_sentence_of_ones_own():
+    tokenizer, said = Tokenizer.from_pretrained(TINY), record("How many?", "Two.")
+    ids, labels = training_data.encode_conversation(said, tokenizer, "bakllava", "Be short.")
+    assert ids == tokenizer.encode("Be short. USER: How many?\nASSISTANT: Two.</s>")
+    assert [label for label in labels if label != IGNORED] == tokenizer.encode("Two.</s>")[1:]
+
+
+def test_the_format_is_an_option(monkeypatch, data, tmp_path):
+    """What the run has encoded is what its options say."""
+    tokenizer = Tokenizer.from_pretrained(TINY)
+    for name, options, begins in (
+        ("style", ("--style", "bakllava", "--system", "Be short."), "Be short. USER: "),
+        ("plain", ("--stage", "1", "--format", "plain", "--data", f"{data}/align.json"), ""),
+    ):
+        with killed_run(monkeypatch) as patch:
+            run(patch, data, tmp_path / name, "--save-every", "1e-9", *options)
+        (folder,) = (tmp_path / name / "training-state").glob("encoded-*")
+        ids, _, _ = training_data.Conversations(folder, data)[0]
+        text = tokenizer.decode(ids)
+        assert text.startswith(begins) and ("\nASSISTANT: " in text) == (name == "style") and text.endswith("\n") == (name == "plain")
+
+
+def test_a_learning_rate_of_the_projectors_own(monkeypatch, data, tmp_path):
+    """One so small that it stays, while the rest learns."""
+    run(monkeypatch, data, tmp_path / "out", "--projector-lr", "1e-30")
+    before, after = (load_file(Path(folder) / "model.safetensors") for folder in (TINY, tmp_path / "out"))
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"language_model"}
+
+
+def test_dropout_is_drawn_in_training_alone_and_again_when_a_run_goes_on(monkeypatch, data, tmp_path):
+    def losses(name):
+        return [line.get("loss") or line["held_out"] for line in lines_of(tmp_path / name)]
+
+    options = ("--lora", "4", "--lora-dropout", "0.5", "--lr", "5e-2")
+    run(monkeypatch, data, tmp_path / "plain", "--lora", "4", "--lr", "5e-2", "--held-out", f"{data}/instruct.json")
+    run(monkeypatch, data, tmp_path / "dropped", *options, "--held-out", f"{data}/instruct.json")
+    with killed_run(monkeypatch, after=3) as patch:
+        run(patch, data, tmp_path / "killed", "--save-every", "1e-9", *options)
+    run(monkeypatch, data, tmp_path / "killed", *options, "--held-out", f"{data}/instruct.json")
+    assert losses("killed") == losses("dropped")
+    assert losses("dropped")[0] == losses("plain")[0] and losses("dropped")[1:] != losses("plain")[1:]  # B begins as 0
+    assert json.loads((tmp_path / "dropped" / "adapter_config.json").read_text())["lora_dropout"] == 0.5
+
+    model = Llava.from_pretrained(TINY, dtype=torch.float32)
+    add_adapter(model, 4, 8, dropout=0.5)
+    for layer in adapted(model).values():
+        torch.nn.init.normal_(layer.lora_B.weight)
+    rows = encoded(data / "instruct.json", data, tmp_path / "state", max_length=512)
+    tokenizer, processor = Tokenizer.from_pretrained(TINY), ImageProcessor.from_pretrained(TINY)
+    batches = [collate([rows[n]], processor, tokenizer.image_id, tokenizer.pad_id, 64, False) for n in range(3)]
+    model.train()
+    assert len({train.held_out_loss(model, batches, nullcontext(), Alone()) for _ in range(3)}) == 1 and model.training
+
+
+@pytest.mark.parametrize("options, name", [((), "model.safetensors"), (("--lora", "4"), "adapter_model.safetensors")])
+def test_a_checkpoint_every_so_many_steps(options, name, monkeypatch, data, tmp_path):
+    """Each whole; the one of the last step is the result; and they change nothing."""
+    run(monkeypatch, data, tmp_path / "plain", *options)
+    run(monkeypatch, data, tmp_path / "out", "--checkpoint-every", "3", *options)
+    assert {file.name for file in (tmp_path / "out").glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6"}
+    plain, out, third, sixth = (load_file(tmp_path / folder / name) for folder in ("plain", "out", "out/checkpoint-3", "out/checkpoint-6"))
+    assert all(torch.equal(plain[n], out[n]) and torch.equal(out[n], sixth[n]) for n in plain)
+    assert any(not torch.equal(out[n], third[n]) for n in plain)
+    if not options:
+        Llava.from_pretrained(tmp_path / "out" / "checkpoint-3")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--format", "plain"], "--format plain is for stage 1"),
+        (["--stage", "1", "--format", "plain", "--style", "vip"], "the plain format has neither"),
+        (["--stage", "1", "--projector-lr", "1"], "--projector-lr is for stage 2"),
+        (["--lora-dropout", "0.1"], "--lora-dropout is for an adapter"),
+        (["--lora", "4", "--lora-dropout", "1"], "LoRA has lora_dropout 1.0"),
+    ],
+)
+def test_options_that_contradict_each_other(options, message, monkeypatch, data, tmp_path):
+    with pytest.raises(SystemExit, match=message):
+        run(monkeypatch, data, tmp_path / "out", *options)

@@ -6,9 +6,14 @@ process; in a file that all processes map into memory they take 8, and the syste
 
 import hashlib
 import json
+import multiprocessing
+import os
+import re
 import shutil
 import sys
+from collections import deque
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,8 +26,23 @@ from hardware.processes import ignore_interrupts
 from images import ImageProcessor, open_image
 from inputs import IGNORED
 from tokenizer import Tokenizer, chat_prompt, expand_images
-from training.records import MISSING, NO_CONVERSATION, NO_TURNS, REFUSED, LeftOut, Unusable, pictures_of, read_records
+from training.records import (
+    MISSING,
+    NO_CONVERSATION,
+    NO_TURNS,
+    REFUSED,
+    REGIONS,
+    LeftOut,
+    Unusable,
+    has_pictures,
+    name_of,
+    pictures_of,
+    read_records,
+)
 
+REGION = re.compile(r"<(bbox|mask|segmentation|region|obj)\d+>")
+BLOCK = 500  # records that a process encodes at a time
+MOST_PROCESSES = 8
 LOOKED_AT = 20  # pictures that are opened before a run begins, to see whether they can be
 
 
@@ -60,6 +80,32 @@ def encode_conversation(record, tokenizer, style, system=None):
     return ids, labels
 
 
+def encode_caption(record, tokenizer):
+    """Ids and labels of one record in the `plain` format, in which LLaVA's first stage was trained: `<image>`, the caption and a
+    newline. Caption and newline are learnt; the question and the end mark are left away.
+
+    Raises ValueError for a record that is no question about one picture and its answer.
+    """
+    said = record["conversations"]
+    if [turn["from"] for turn in said] != ["human", "gpt"]:
+        raise Unusable("it is no single question and answer, as --format plain wants", f"it has {len(said)} turns")
+    caption = said[1]["value"]
+    for literal in tokenizer.specials:
+        if literal in caption:
+            raise ValueError(f"the caption contains {literal!r}, which the model would not read as text")
+    answer = tokenizer.encode(caption + "\n")[1:]
+    pictures = said[0]["value"].count("<image>")
+    return [tokenizer.bos_id] + [tokenizer.image_id] * pictures + answer, [IGNORED] * (1 + pictures) + answer
+
+
+def refuse_regions(record):
+    """ViP-LLaVA's own data puts <bbox0> in the place of words for a mark that is drawn while loading. Without the mark the text means
+    nothing, and would be learnt as it stands."""
+    for turn in record["conversations"]:
+        if found := REGION.search(turn["value"]):
+            raise Unusable(REGIONS, f"it has {found[0]}; draw its marks first (marks.py), and name them in words")
+
+
 class Encoder:
     """From a record to (ids, labels, names of its pictures, length with the pictures' features), or Unusable.
 
@@ -71,9 +117,17 @@ class Encoder:
         self.encode, self.image_id, self.max_length, self.with_picture = encode, image_id, max_length, with_picture
         self.more = features_per_image - 1  # the tokens that an `<image>` becomes, beyond itself
 
-    def __call__(self, record, names):
+    def __call__(self, record, images):
+        """(ids, labels, names of its pictures, length). Raises Unusable, also for pictures that are not in the folder `images`."""
+        if not isinstance(record, dict):
+            raise Unusable(NO_CONVERSATION, f"it is a {type(record).__name__}")
+        names = pictures_of(record)
+        for name in names:
+            if not (images / name).is_file():
+                raise Unusable(MISSING, f"{images / name}")
         try:
             ids, labels = self.encode(record)
+            refuse_regions(record)
         except Unusable:
             raise
         except ValueError as error:
@@ -88,10 +142,44 @@ class Encoder:
         room = max(0, self.max_length - count * self.more)
         ids, labels = ids[:room], labels[:room]
         if set(labels) <= {IGNORED} or ids.count(self.image_id) < count:
-            raise Unusable(
-                f"it has no answer within --max-length, {self.max_length} tokens", f"its pictures take {count * (self.more + 1)}"
-            )
-        return ids, labels, len(ids) + count * self.more
+            pictures = count * (self.more + 1)
+            raise Unusable(f"it has no answer within {self.max_length} tokens (--max-length)", f"its pictures take {pictures} of them")
+        return ids, labels, names, len(ids) + count * self.more
+
+
+def encode_all(encoder, images, records):
+    """Of each record (id, whether it names pictures, what the encoder gives or the Unusable that it raises)."""
+    results = []
+    for record in records:
+        try:
+            result = encoder(record, images)
+        except Unusable as reason:
+            result = reason
+        results.append((name_of(record), has_pictures(record), result))
+    return results
+
+
+def in_order(function, blocks):
+    """map(function, blocks), in several processes if there are several blocks; at most a few blocks are in memory at once."""
+    first = list(islice(blocks, 2))
+    yield from map(function, first[:1])
+    if len(first) < 2:
+        return
+    count, waiting = min(os.cpu_count(), MOST_PROCESSES), deque()
+    with multiprocessing.Pool(count, ignore_interrupts) as pool:
+        for block in chain(first[1:], blocks):
+            waiting.append(pool.apply_async(function, (block,)))
+            if len(waiting) > 2 * count:
+                yield waiting.popleft().get()
+        while waiting:
+            yield waiting.popleft().get()
+
+
+def blocks_of(records, size):
+    """Lists of so many records, the last one shorter."""
+    records = iter(records)
+    while block := list(islice(records, size)):
+        yield block
 
 
 def encode_file(path, images, encoder, folder):
@@ -102,39 +190,26 @@ def encode_file(path, images, encoder, folder):
     records.npy   (records, 4) int64: where the record ends in tokens.bin and in sources.bin, its length, the number of its pictures
     """
     left_out, rows, tokens_end, sources_end = LeftOut(path, images), [], 0, 0
-    partial = folder.with_name(f"{folder.name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    with open(partial / "tokens.bin", "wb") as tokens, open(partial / "sources.bin", "wb") as sources:
-        records = read_records(path)
-        for number, record in enumerate(tqdm(records, desc=f"reading {path.name}", unit=" conversations", delay=1, disable=None), 1):
-            try:
-                ids, labels, names, length = encode_record(record, images, encoder, left_out)
-            except Unusable as reason:
-                left_out.add(number, record, reason)
+    partial_folder = folder.with_name(f"{folder.name}.partial")
+    partial_folder.mkdir(parents=True, exist_ok=True)
+    blocks = in_order(partial(encode_all, encoder, images), blocks_of(read_records(path), BLOCK))
+    results = tqdm(chain.from_iterable(blocks), desc=f"reading {path.name}", unit=" conversations", delay=1, disable=None)
+    with open(partial_folder / "tokens.bin", "wb") as tokens, open(partial_folder / "sources.bin", "wb") as sources:
+        for name, with_pictures, result in results:
+            left_out.count(with_pictures)
+            if isinstance(result, Unusable):
+                left_out.add(name, result)
                 continue
+            ids, labels, names, length = result
             tokens.write(np.array([ids, labels], np.int32).T.tobytes())
             source = json.dumps(names).encode()
             sources.write(source)
             tokens_end, sources_end = tokens_end + len(ids), sources_end + len(source)
             rows.append(np.array([tokens_end, sources_end, length, len(names)]))
     left_out.report()
-    np.save(partial / "records.npy", np.stack(rows))
+    np.save(partial_folder / "records.npy", np.stack(rows))
     shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-
-
-def encode_record(record, images, encoder, left_out):
-    """(ids, labels, names of pictures, length). Raises Unusable, also for pictures that are not there."""
-    left_out.records += 1
-    if not isinstance(record, dict):
-        raise Unusable(NO_CONVERSATION, f"it is a {type(record).__name__}")
-    names = pictures_of(record)
-    left_out.with_pictures += bool(names)
-    for name in names:
-        if not (images / name).is_file():
-            raise Unusable(MISSING, f"{images / name}")
-    ids, labels, length = encoder(record, names)
-    return ids, labels, names, length
+    partial_folder.rename(folder)
 
 
 class Conversations(Dataset):
@@ -222,7 +297,10 @@ def conversations(path, images, encoder, made_from, folder, group):
 def read_data(args, source, config, run, folder, group):
     """The Conversations to train on, {file: loader of held-out ones}, and the function that makes a batch of examples."""
     tokenizer, processor, P = Tokenizer.from_pretrained(source), ImageProcessor.from_pretrained(source), config.features_per_image
-    encode = partial(encode_conversation, tokenizer=tokenizer, style=config.style)
+    if args.format == "plain":
+        encode = partial(encode_caption, tokenizer=tokenizer)
+    else:
+        encode = partial(encode_conversation, tokenizer=tokenizer, style=args.style or config.style, system=args.system)
     length = min(args.max_length, config.text.max_position_embeddings)
     encoder = Encoder(encode, tokenizer.image_id, length, P, with_picture=args.stage == 1)
     data, *held_out = (conversations(path, args.images, encoder, run, folder, group) for path in (args.data, *args.held_out))

@@ -16,6 +16,8 @@ The model knows nothing of this: its linear layers are exchanged for others.
 
 import hashlib
 import json
+import math
+import re
 
 import torch
 import torch.nn as nn
@@ -29,6 +31,14 @@ from weights.config import REAL, SIZE, check, only
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # all linear layers of a Llama's block
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT = "base_model.model."  # what PEFT puts before the name that a tensor has in transformers
+
+
+def _pattern(field):
+    """A table {pattern of layer names: value of the field}, or null."""
+    fits, expected = field
+    return lambda value: value is None or isinstance(value, dict) and all(map(fits, value.values())), f"an object, each value {expected}"
+
+
 FIELDS = {  # of adapter_config.json; each variant that computes something else is refused by its name
     "peft_type": only("LORA"),
     "r": SIZE,
@@ -36,8 +46,11 @@ FIELDS = {  # of adapter_config.json; each variant that computes something else 
     "lora_dropout": (lambda value: type(value) in (int, float) and 0 <= value < 1, "a number from 0 to below 1"),
     "bias": only("none"),
     "init_lora_weights": only(True, False, "gaussian"),  # others begin by changing the base
-    **dict.fromkeys(("use_dora", "use_rslora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out"), only(False, None)),
-    **dict.fromkeys(("rank_pattern", "alpha_pattern", "layer_replication", "alora_invocation_tokens"), only(None, {}, [])),
+    "use_rslora": only(True, False, None),
+    "rank_pattern": _pattern(SIZE),
+    "alpha_pattern": _pattern(REAL),
+    **dict.fromkeys(("use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out"), only(False, None)),
+    **dict.fromkeys(("layer_replication", "alora_invocation_tokens"), only(None, {}, [])),
 }
 
 
@@ -78,13 +91,14 @@ def add_adapter(model, rank, alpha, dropout=0.0, layers=LAYERS):
     if unknown := [layer for layer in layers if layer not in LAYERS]:
         raise ValueError(f"{unknown[0]!r} is no linear layer of a block; expected some of {', '.join(LAYERS)}")
     blocks = model.language_model.layers.named_modules(prefix="language_model.layers")
-    _exchange(model, [name for name, _ in blocks if name.endswith(tuple(layers))], rank, alpha, dropout)
+    _exchange(model, {name: (rank, alpha) for name, _ in blocks if name.endswith(tuple(layers))}, dropout)
 
 
-def _exchange(model, names, rank, alpha, dropout):
+def _exchange(model, layers, dropout):
+    """layers: {name: (rank, alpha)}."""
     if adapted(model):
         raise ValueError("the model has an adapter already; merge it first")
-    for name in names:
+    for name, (rank, alpha) in layers.items():
         parent, _, leaf = name.rpartition(".")
         with torch.device(model.device):
             layer = LoRALinear(model.get_submodule(name), rank, alpha, dropout)
@@ -124,36 +138,79 @@ def load_adapter(model, adapter):
     """Put an adapter in PEFT's format on the model, which is changed only if all of it fits.
 
     adapter: its folder, or a name on the hub. Which layers it changes its tensors' names say; a projector that is stored
-    with it takes the place of the model's. Raises FileNotFoundError or ValueError for what is missing, damaged, of another
-    kind than LoRA's plain one, or of another model.
+    with it takes the place of the model's. Raises FileNotFoundError or ValueError for what is missing, damaged, of a
+    kind that computes something else, or of another model.
     """
     folder = checkpoint_folder(adapter)
-    if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
-        raise FileNotFoundError(f"{folder} has no {missing[0]}: an adapter is an {CONFIG} and an {WEIGHTS}")
-    config = {"peft_type": None, "r": None, "lora_alpha": None, "lora_dropout": 0.0} | read_json(folder / CONFIG)
-    check(f"{folder}: {CONFIG}", config, FIELDS)
-    try:
-        tensors = {our_name(name.removeprefix(PEFT)): tensor for name, tensor in load_file(folder / WEIGHTS).items()}
-    except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} is damaged or cut short ({error}); fetch it again") from None
-
-    names = dict.fromkeys(name.rpartition(".lora_")[0] for name in tensors if ".lora_" in name)
-    if not names:
+    config, stored = _read_adapter(folder)
+    tensors = {our_name(name): tensor for name, tensor in stored.items()}
+    layers = {}
+    for name in stored:
+        layer, is_lora, _ = name.rpartition(".lora_")
+        if is_lora:
+            layers[our_name(layer)] = rank_and_alpha(layer, config)
+    if not layers:
         raise ValueError(f"{folder / WEIGHTS} holds no adapter: none of its tensors is a lora_A or a lora_B")
-    found, expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}, {}
-    if any(name.startswith("projector.") and ".lora_" not in name for name in tensors):
-        expected = {f"projector.{name}": tuple(parameter.shape) for name, parameter in model.projector.named_parameters()}
-    for name, module in model.named_modules():
-        if name in names and hasattr(module, "in_features"):
-            expected[f"{name}.lora_A.weight"] = (config["r"], module.in_features)
-            expected[f"{name}.lora_B.weight"] = (module.out_features, config["r"])
+    found, expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}, _shapes(model, layers, tensors)
     if wrong := sorted({name for name, _ in found.items() ^ expected.items()}):
         first = f"its {wrong[0]} is {found.get(wrong[0], 'missing')}, expected {expected.get(wrong[0], 'none')}"
         why = "it is of another model, or holds more than changes of linear layers and a projector"
         raise ValueError(f"{folder} does not fit in {len(wrong)} tensors ({why}): {first}")
-    _exchange(model, names, config["r"], config["lora_alpha"], config["lora_dropout"])
+    _exchange(model, layers, config["lora_dropout"])
     for name, tensor in tensors.items():
         model.get_parameter(name).data = tensor.to(model.device, model.dtype)
+
+
+def _read_adapter(folder):
+    """The config, checked, and the tensors by the names that they have in transformers."""
+    if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
+        raise FileNotFoundError(f"{folder} has no {missing[0]}: an adapter is an {CONFIG} and an {WEIGHTS}")
+    config = {"peft_type": None, "r": None, "lora_alpha": None, "lora_dropout": 0.0} | read_json(folder / CONFIG)
+    check(f"{folder}: {CONFIG}", config, FIELDS)
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in config.get(field) or ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{folder}: {CONFIG} has {pattern!r} in {field}, which is no regular expression ({error})") from None
+    try:
+        stored = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is damaged or cut short ({error}); fetch it again") from None
+    return config, {name.removeprefix(PEFT): tensor for name, tensor in stored.items()}
+
+
+def rank_and_alpha(layer, config):
+    """Of a layer, by the name that it has in transformers: the adapter's own rank and α, unless a pattern says otherwise.
+
+    The first pattern counts that is a regular expression for the whole name or for its end after a dot. rsLoRA divides by √r in
+    place of r (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732): the same as an α that is √r times as large.
+    """
+    rank = _of_pattern(config.get("rank_pattern"), layer, config["r"])
+    alpha = _of_pattern(config.get("alpha_pattern"), layer, config["lora_alpha"])
+    if config.get("use_rslora"):
+        alpha *= math.sqrt(rank)
+    return rank, alpha
+
+
+def _of_pattern(patterns, layer, otherwise):
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", layer):
+            return value
+    return otherwise
+
+
+def _shapes(model, layers, tensors):
+    """{our name: shape} of what an adapter of these layers holds, and of a projector if there is one among the tensors."""
+    expected = {}
+    if any(name.startswith("projector.") and ".lora_" not in name for name in tensors):
+        expected = {f"projector.{name}": tuple(parameter.shape) for name, parameter in model.projector.named_parameters()}
+    for name, module in model.named_modules():
+        if name in layers and hasattr(module, "in_features"):
+            rank, _ = layers[name]
+            expected[f"{name}.lora_A.weight"] = (rank, module.in_features)
+            expected[f"{name}.lora_B.weight"] = (module.out_features, rank)
+    return expected
 
 
 @torch.no_grad()

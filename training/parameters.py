@@ -17,7 +17,8 @@ def load_model(args, source, group):
     if model.config.quantized and not args.lora:
         raise ValueError(f"{source} is quantised: train an adapter of it (--stage 2 --lora 16), or the checkpoint it was made from")
     if args.lora:
-        add_adapter(model, args.lora, args.lora_alpha or 2 * args.lora)
+        add_adapter(model, args.lora, args.lora_alpha or 2 * args.lora, args.lora_dropout)
+        model.train(args.lora_dropout > 0)  # nothing else in it asks whether it is trained
     return model
 
 

@@ -96,13 +96,17 @@ class Unusable(ValueError):
     """A record that cannot be trained on: `kind` says why for all that are like it, the message what is wrong with this one."""
 
     def __init__(self, kind, message):
-        super().__init__(message)
+        super().__init__(kind, message)  # both: it comes from other processes
         self.kind = kind
+
+    def __str__(self):
+        return self.args[1]
 
 
 NO_CONVERSATION = 'no conversation: expected "conversations", a list of {"from": …, "value": …}'
 NO_TURNS = "the speakers are not human and gpt in turn"
 REFUSED = "its text holds what the chat format or the tokenizer refuses"
+REGIONS = "it refers to regions of its picture, such as <bbox0>, which are not drawn here"
 NO_NAMES = "its pictures are not the names of files"
 MISSING = "its picture is missing"
 
@@ -117,6 +121,20 @@ def pictures_of(record):
     return names
 
 
+def has_pictures(record):
+    """Whether a record names pictures, in whatever form."""
+    try:
+        return isinstance(record, dict) and bool(pictures_of(record))
+    except Unusable:
+        return False
+
+
+def name_of(record):
+    """A record's own name, "" if it has none."""
+    name = record.get("id") if isinstance(record, dict) else None
+    return f" ({name})" if isinstance(name, str | int) else ""
+
+
 class LeftOut:
     """Counts the records of a file that cannot be used, by kind, with the first example of each."""
 
@@ -125,12 +143,14 @@ class LeftOut:
         self.records = self.with_pictures = 0
         self.counts, self.examples = Counter(), {}
 
-    def add(self, number, record, reason):
-        name = f"record {number}"
-        if isinstance(record, dict) and isinstance(record.get("id"), str | int):
-            name += f" ({record['id']})"
+    def count(self, with_pictures):
+        """One record more, usable or not."""
+        self.records += 1
+        self.with_pictures += with_pictures
+
+    def add(self, name, reason):
         self.counts[reason.kind] += 1
-        self.examples.setdefault(reason.kind, f"{name}: {reason}")
+        self.examples.setdefault(reason.kind, f"record {self.records}{name}: {reason}")
 
     def report(self):
         """Print the table. Raises ValueError where so much is left out that what is left is not what was meant."""
