@@ -8,182 +8,139 @@ The page needs `pip install -r demo-requirements.txt`. Each visitor has a conver
 one answer at a time. Pictures stay in memory, for as long as their visitor does.
 """
 
+import argparse
 import asyncio
 import base64
 import io
 import json
 import secrets
+import socket
 import sys
 import threading
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import sample
-from chat import Chat
 from images import open_image
-from marks import COLOURS, draw_marks, parse_mark
+from marks import COLOURS
+from visitors import IDLE, Device, Visitor, as_png, fork, reason
 
 HERE = Path(__file__).parent
 BUNDLED = HERE / "tiny" / "vip-llava"
 LOCAL = ("127.0.0.1", "localhost")
 DRAWN = ("rectangle", "ellipse", "arrow", "point", "scribble", "mask", "triangle")  # the kinds of mark that the page has a tool for
-MOST_BYTES, MOST_PICTURES = 40 * 10**6, 32  # of an uploaded picture; of a visitor
-GONE, IDLE = 20, 3600  # seconds until a visitor is forgotten: after the tab was closed (a reload is back sooner), and without a sign
-OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")  # of an answer: sample.py's
+MOST_BYTES, MOST_PICTURES, MOST_PIXELS = 40 * 10**6, 32, 250 * 10**6  # of an uploaded file; of a visitor, all pictures together
+MOST_VISITORS = 200  # at once
+GONE = 20  # seconds until a visitor is forgotten whose tab was closed; a reload is back sooner
 
 
-class Line:
-    """Those who want the device. The first has it, the others wait in the order in which they came."""
-
-    def __init__(self):
-        self.waiting, self.moved = [], threading.Condition()
-
-    @contextmanager
-    def turn(self, tell=print, stopped=None):
-        """Wait for a turn, and have it. tell({"place": n}) says how many are before; `stopped`, an event, ends the waiting."""
-        ticket = object()
-        with self.moved:
-            self.waiting.append(ticket)
-            while self.waiting[0] is not ticket and not (stopped and stopped.is_set()):
-                tell({"place": self.waiting.index(ticket)})
-                self.moved.wait(1)
-        try:
-            yield
-        finally:
-            with self.moved:
-                self.waiting.remove(ticket)
-                self.moved.notify_all()
-
-
-class Visitor:
-    """One visitor's conversation and pictures."""
-
-    def __init__(self, chat):
-        self.chat = Chat(chat.model, chat.tokenizer, chat.processor)
-        self.pictures = []  # PIL images
-        self.turns = []  # as the page shows them: {"question", "pictures", "answer"}
-        self.answering, self.stopped = threading.Lock(), threading.Event()
-        self.until = time.monotonic() + IDLE
-
-    def marked(self, picture):
-        """A picture that the page names, {"number", "marks": [texts]}, with its marks. Raises ValueError for what cannot be drawn."""
-        number, marks = picture["number"], [parse_mark(text) for text in picture["marks"]]
-        if number not in range(len(self.pictures)):
-            raise ValueError(f"there is no picture {number} any more; add it again")
-        return draw_marks(self.pictures[number], marks), marks
-
-    def ask(self, wish, tell):
-        """Answer the page's question, and tell it of each piece."""
-        chat, said, first = self.chat, [], 0.0
-        if wish["again"]:
-            chat.undo()
-            del self.turns[-1:]
-        chat.system, chat.pad = wish.get("system"), wish["pad"]
-        images = [self.marked(picture)[0] for picture in wish["pictures"]]
-        start = time.perf_counter()
-        pieces = chat.ask(wish["question"], images, **{name: wish[name] for name in OPTIONS if name in wish})
-        for piece in pieces:
-            first = first or time.perf_counter() - start
-            said.append(piece)
-            tell({"piece": piece})
-            if self.stopped.is_set():
-                break
-        pieces.close()
-        self.turns.append({"question": wish["question"], "pictures": wish["pictures"], "answer": "".join(said)})
-        why = {None: "", "max_new_tokens": "cut off at the longest answer", "context": "cut off: the context is full"}[chat.cut_off]
-        seconds = time.perf_counter() - start
-        tell({"done": {"first": first, "seconds": seconds, "tokens": chat.count, "kept": chat.kept, "why": why}})
+class Unknown(Exception):
+    """A visitor who is not known, or not any more."""
 
 
 class Demo:
-    """The visitors and what the page may ask for; each method answers one request."""
+    """The visitors, and what the page may ask for: each method answers one request: text is HTML, bytes are a PNG, a dict is JSON."""
 
-    def __init__(self, chat, name, bundled):
-        self.chat, self.line, self.visitors = chat, Line(), {}
+    def __init__(self, chat, name, example=None, scale_grey=False):
+        self.chat, self.scale_grey, self.device, self.visitors = chat, scale_grey, Device(), {}
         fine = chat.model.config.vision.image_size > 200  # or a mark must be as bold as in the tiny world
         config = {
-            "model": name, "kinds": DRAWN, "colours": [*COLOURS], "knows_marks": chat.model.config.style == "vip", "most_bytes": MOST_BYTES,
-            "width": 3 if fine else 9, "alpha": 128 if fine else 220, "example": "example.png" if bundled else None,
+            "model": name, "kinds": DRAWN, "colours": [*COLOURS], "knows_marks": chat.style == "vip", "most_bytes": MOST_BYTES,
+            "width": 3 if fine else 9, "alpha": 128 if fine else 220, "example": example is not None,
         }  # fmt: skip
-        self.page = (HERE / "demo.html").read_text(encoding="utf-8").replace("/*CONFIG*/{}", json.dumps(config).replace("<", "\\u003c"))
+        self._page = (HERE / "demo.html").read_text(encoding="utf-8").replace("/*CONFIG*/{}", json.dumps(config).replace("<", "\\u003c"))
+        self._example = example
 
-    def visitor(self, request):
-        """The one who asks. Raises LookupError for a visitor who is unknown or forgotten."""
+    def _forget(self):
         now = time.monotonic()
         self.visitors = {key: one for key, one in self.visitors.items() if one.until > now or one.answering.locked()}
-        visitor = self.visitors[request.query_params.get("visitor")]
-        visitor.until = now + IDLE
+
+    def _visitor(self, request):
+        """The one who asks. Raises Unknown."""
+        self._forget()
+        visitor = self.visitors.get(request.query_params.get("visitor"))
+        if visitor is None:
+            raise Unknown
+        visitor.until = time.monotonic() + IDLE
         return visitor
 
     async def home(self, request):
-        return HTMLResponse(self.page)
+        return self._page
 
     async def example(self, request):
-        return FileResponse(HERE / "tiny" / "example.png")
+        return self._example.read_bytes()
 
     async def state(self, request):
         """A visitor comes, or comes back."""
         try:
-            key, visitor = request.query_params.get("visitor"), self.visitor(request)
-        except LookupError:
+            key, visitor = request.query_params.get("visitor"), self._visitor(request)
+        except Unknown:
+            if len(self.visitors) >= MOST_VISITORS:
+                raise ValueError(f"{MOST_VISITORS} visitors are here already; try again later") from None
             key, visitor = secrets.token_urlsafe(16), Visitor(self.chat)
             self.visitors[key] = visitor
+        for _ in range(20):  # an answer that a reload has just stopped ends within a word
+            if visitor.answering.locked():
+                await asyncio.sleep(0.1)
         pictures = [{"number": n, "width": picture.width, "height": picture.height} for n, picture in enumerate(visitor.pictures)]
-        return JSONResponse({"visitor": key, "pictures": pictures, "turns": visitor.turns})
+        return {"visitor": key, "pictures": pictures, "turns": visitor.turns}
+
+    async def here(self, request):
+        self._visitor(request)
+        return {}
 
     async def leave(self, request):
-        visitor = self.visitor(request)
+        visitor = self._visitor(request)
         visitor.stopped.set()
         visitor.until = time.monotonic() + GONE
-        return JSONResponse({})
+        asyncio.get_running_loop().call_later(GONE + 1, self._forget)
+        return {}
 
     async def stop(self, request):
-        self.visitor(request).stopped.set()
-        return JSONResponse({})
+        self._visitor(request).stopped.set()
+        return {}
 
     async def new(self, request):
-        visitor = self.visitor(request)
+        visitor = self._visitor(request)
         if visitor.answering.locked():
             raise ValueError("an answer is being given; stop it first")
-        visitor.chat.reset()
-        visitor.pictures, visitor.turns = [], []
-        return JSONResponse({})
+        visitor.chat = fork(self.chat)
+        visitor.pictures, visitor.turns, visitor.asked = [], [], []
+        return {}
 
     async def add(self, request):
         """A picture comes as the request's body. It never touches the disk."""
-        visitor, data = self.visitor(request), bytearray()
+        visitor, data = self._visitor(request), bytearray()
         async for part in request.stream():
             data += part
             if len(data) > MOST_BYTES:
-                raise ValueError(f"the file is too large; at most {MOST_BYTES / 1e6:.0f} MB are taken")
-        if len(visitor.pictures) == MOST_PICTURES:
-            raise ValueError(f"you have {MOST_PICTURES} pictures already; begin anew")
-        picture = await asyncio.to_thread(open_image, io.BytesIO(data))
+                raise ValueError(f"this file is too large; at most {MOST_BYTES / 1e6:.0f} MB are taken")
+        picture = await asyncio.to_thread(open_image, io.BytesIO(data), self.scale_grey)
+        pixels = sum(one.width * one.height for one in [*visitor.pictures, picture])
+        if len(visitor.pictures) == MOST_PICTURES or pixels > MOST_PIXELS:
+            raise ValueError(f"your pictures are more than {MOST_PICTURES}, or than {MOST_PIXELS / 1e6:.0f} million pixels; begin anew")
         visitor.pictures.append(picture)
-        return JSONResponse({"number": len(visitor.pictures) - 1, "width": picture.width, "height": picture.height})
+        return {"number": len(visitor.pictures) - 1, "width": picture.width, "height": picture.height}
 
     async def picture(self, request):
-        visitor, number = self.visitor(request), request.path_params["number"]
-        small = visitor.marked({"number": number, "marks": []})[0]
-        small.thumbnail((1600, 1600))
-        return Response(await asyncio.to_thread(as_png, small), media_type="image/png")
+        drawn, _ = self._visitor(request).marked({"number": request.path_params["number"], "marks": []})
+        return await asyncio.to_thread(as_png, drawn)
 
     async def marked(self, request):
-        """What the model gets, to the pixel, and the words for its marks."""
-        drawn, marks = self.visitor(request).marked(await request.json())
-        data = await asyncio.to_thread(as_png, drawn)
-        return JSONResponse({"picture": f"data:image/png;base64,{base64.b64encode(data).decode()}", "words": [mark.words for mark in marks]})
+        """What the model gets, to the pixel (a large picture is made smaller for the page), and the words for its marks."""
+        drawn, marks = self._visitor(request).marked(await request.json())
+        data = base64.b64encode(await asyncio.to_thread(as_png, drawn)).decode()
+        return {"picture": f"data:image/png;base64,{data}", "words": [mark.words for mark in marks]}
 
     async def ask(self, request):
         """The answer as lines of JSON, each as soon as there is something to say. The device is free again soon after the page has gone."""
-        visitor, wish = self.visitor(request), await request.json()
+        visitor, wish = self._visitor(request), await request.json()
         if not visitor.answering.acquire(blocking=False):
             raise ValueError("an answer is being given already, perhaps in another tab")
         visitor.stopped.clear()
         said, loop = asyncio.Queue(), asyncio.get_running_loop()
         tell = lambda line: loop.call_soon_threadsafe(said.put_nowait, line)
-        threading.Thread(target=self.answer, args=(visitor, wish, tell), daemon=True).start()
+        threading.Thread(target=self._answer, args=(visitor, wish, tell), daemon=True).start()
 
         async def lines():
             try:
@@ -192,19 +149,134 @@ class Demo:
             finally:
                 visitor.stopped.set()
 
-        return StreamingResponse(lines(), media_type="application/x-ndjson")
+        return lines()
 
-    def answer(self, visitor, wish, tell):
+    def _answer(self, visitor, wish, tell):
         """In a thread of its own: wait for the device, then answer."""
         try:
-            with self.line.turn(tell, visitor.stopped):
-                visitor.ask(wish, tell)
-        except (ValueError, OSError) as error:
-            tell({"error": str(error)})
-        except (RuntimeError, MemoryError) as error:
-            for one in self.visitors.values():  # most of the memory is in their caches; each reads its conversation anew next time
-                one.chat.forget_cache()
+            with self.device.turn(tell, visitor.stopped) as run:
+                try:
+                    run(visitor.ask, wish, tell)
+                except (RuntimeError, MemoryError):  # most of the memory is in the caches; each conversation is read anew next time
+                    for one in [*self.visitors.values()]:
+                        one.chat.forget_cache()
+                    raise
+        except Exception as error:
             tell({"error": reason(error)})
         finally:
             visitor.answering.release()
             tell(None)
+
+    async def see(self, request):
+        from lessons.explain import weighed
+
+        return await self._look(request, weighed)
+
+    async def explain(self, request):
+        from lessons.explain import page
+
+        return await self._look(request, lambda chat, question, images, answer: page(chat, question, images, 8, answer))
+
+    async def _look(self, request, look):
+        """What look(…) makes of a turn, as soon as the device is free."""
+        visitor, number = self._visitor(request), int(request.query_params["turn"])
+        if number not in range(len(visitor.asked)):
+            raise ValueError(f"there is no answer {number} any more")
+
+        def wait_and_look():
+            with self.device.turn(lambda line: None, threading.Event()) as run:
+                return run(look, *visitor.asked[number])
+
+        return await asyncio.to_thread(wait_and_look)
+
+
+GET = {"/": "home", "/example.png": "example", "/pictures/{number:int}": "picture", "/see": "see", "/explain": "explain"}
+POST = {"/pictures": "add"} | {f"/{name}": name for name in ("state", "here", "leave", "stop", "new", "marked", "ask")}
+
+
+def application(demo, auth=None):
+    """The web application. auth: "user:password" that it asks for; None: nothing, and only addresses of this machine."""
+    from starlette.applications import Starlette
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+    from starlette.routing import Route
+
+    expected = auth and f"Basic {base64.b64encode(auth.encode()).decode()}".encode()
+
+    def endpoint(method):
+        async def answer(request):
+            given = request.headers.get("authorization", "").encode()
+            if auth and not secrets.compare_digest(given, expected):
+                return Response("name and password, please", 401, {"WWW-Authenticate": 'Basic realm="demo.py", charset="UTF-8"'})
+            try:
+                said = await method(request)
+            except Unknown:
+                return JSONResponse({"error": "the server has forgotten this conversation", "unknown": True}, 404)
+            except Exception as error:
+                return JSONResponse({"error": reason(error)}, 400)
+            if isinstance(said, str):
+                return HTMLResponse(said)
+            if isinstance(said, bytes):
+                return Response(said, media_type="image/png")
+            if isinstance(said, dict):
+                return JSONResponse(said)
+            return StreamingResponse(said, media_type="application/x-ndjson")
+
+        return answer
+
+    routes = [Route(path, endpoint(getattr(demo, name))) for path, name in GET.items()]
+    routes += [Route(path, endpoint(getattr(demo, name)), methods=["POST"]) for path, name in POST.items()]
+    app = Starlette(routes=routes)
+    if not auth:  # a page from elsewhere cannot reach it under a name of its own
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOCAL)
+    return app
+
+
+def read_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = sample.fail
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at [127.0.0.1: for this machine only]")
+    parser.add_argument("--port", type=int, default=7860, help="[7860]")
+    parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask visitors for these; needed where others can reach the page")
+    sample.add_loading_options(parser, "tiny/vip-llava")
+    parser.set_defaults(question=None, chat=True, max_new_tokens=512, system=None, pad=False)  # what the page settles
+    return parser.parse_args()
+
+
+def open_port(args):
+    """A socket that listens where it should. Raises ValueError where that is open to all, or taken."""
+    if args.auth is None and args.host not in LOCAL:
+        raise ValueError(f"--host {args.host} lets others in; say who by --auth user:password")
+    if args.auth is not None and not all(args.auth.partition(":")):
+        raise ValueError("--auth needs a name, a colon and a password, as in --auth me:secret")
+    try:
+        return socket.create_server((args.host, args.port))
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"cannot listen at {args.host}:{args.port} ({error}); try another --port") from None
+
+
+def main():
+    args = read_arguments()
+    try:
+        try:
+            import starlette  # noqa: F401  (application needs it; to be told before the model is loaded)
+            import uvicorn
+        except ImportError:
+            raise ValueError("the page needs two packages: pip install -r demo-requirements.txt") from None
+        listening, bundled = open_port(args), args.model is None
+        args.model = str(BUNDLED) if bundled else args.model
+        name = "tiny/vip-llava, which knows drawn shapes only" if bundled else args.model
+        demo = Demo(sample.load(args, pictures=1), name, HERE / "tiny" / "example.png" if bundled else None, args.scale_grey)
+        print(f"http://{args.host}:{listening.getsockname()[1]}/", flush=True)
+        config = uvicorn.Config(application(demo, args.auth), log_level="warning", access_log=False, timeout_graceful_shutdown=1)
+        uvicorn.Server(config).run([listening])  # until Ctrl-C
+    except (ValueError, OSError) as error:
+        sample.fail(error)
+    except (RuntimeError, MemoryError) as error:
+        sample.fail(sample.advice(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

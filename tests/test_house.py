@@ -16,7 +16,7 @@ MAY["batch"] = {"llama", "generate", "hardware"}
 BOOK = {*MAY}
 MAY["chat"] = MAY["training"] = BOOK
 MAY["converse"] = BOOK | {"chat"}
-COMMANDS = ("sample", "train", "convert")
+COMMANDS = ("sample", "train", "convert", "demo")
 for command in COMMANDS:
     MAY[command] = BOOK | {"chat", "training", "converse"}
 ROOMS = {*MAY}
