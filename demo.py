@@ -249,27 +249,34 @@ def open_port(args):
         raise ValueError(f"--host {args.host} lets others in; say who by --auth user:password")
     if args.auth is not None and not all(args.auth.partition(":")):
         raise ValueError("--auth needs a name, a colon and a password, as in --auth me:secret")
+    if not 0 <= args.port < 2**16:
+        raise ValueError(f"--port is {args.port}; expected 0 (any that is free) to 65535")
     try:
         return socket.create_server((args.host, args.port))
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise ValueError(f"cannot listen at {args.host}:{args.port} ({error}); try another --port") from None
 
 
-def main():
-    args = read_arguments()
+def serve(args):
+    """Load the model and answer requests until Ctrl-C. Raises ValueError or OSError for what the user can mend."""
     try:
-        try:
-            import starlette  # noqa: F401  (application needs it; to be told before the model is loaded)
-            import uvicorn
-        except ImportError:
-            raise ValueError("the page needs two packages: pip install -r demo-requirements.txt") from None
-        listening, bundled = open_port(args), args.model is None
-        args.model = str(BUNDLED) if bundled else args.model
-        name = "tiny/vip-llava, which knows drawn shapes only" if bundled else args.model
-        demo = Demo(sample.load(args, pictures=1), name, HERE / "tiny" / "example.png" if bundled else None, args.scale_grey)
+        import starlette  # noqa: F401  (application needs it; to be told before the model is loaded)
+        import uvicorn
+    except ImportError:
+        raise ValueError("the page needs two packages: pip install -r demo-requirements.txt") from None
+    name, example = args.model, None
+    if args.model is None:
+        args.model, name, example = str(BUNDLED), "tiny/vip-llava, which knows drawn shapes only", HERE / "tiny" / "example.png"
+    with open_port(args) as listening:
+        demo = Demo(sample.load(args, pictures=1), name, example, args.scale_grey)
         print(f"http://{args.host}:{listening.getsockname()[1]}/", flush=True)
         config = uvicorn.Config(application(demo, args.auth), log_level="warning", access_log=False, timeout_graceful_shutdown=1)
-        uvicorn.Server(config).run([listening])  # until Ctrl-C
+        uvicorn.Server(config).run([listening])
+
+
+def main():
+    try:
+        serve(read_arguments())
     except (ValueError, OSError) as error:
         sample.fail(error)
     except (RuntimeError, MemoryError) as error:

@@ -16,13 +16,15 @@ MAY["batch"] = {"llama", "generate", "hardware"}
 BOOK = {*MAY}
 MAY["chat"] = MAY["training"] = BOOK
 MAY["converse"] = BOOK | {"chat"}
-COMMANDS = ("sample", "train", "convert", "demo")
+COMMANDS = ("sample", "train", "convert")
 for command in COMMANDS:
     MAY[command] = BOOK | {"chat", "training", "converse"}
+MAY["visitors"] = BOOK | {"chat", "converse"}
+MAY["demo"] = BOOK | {"sample", "visitors", "lessons"}  # what its page shows of an answer is lessons.explain's
 ROOMS = {*MAY}
 MAY["tiny"] = ROOMS
 MAY["lessons"] = MAY["bench"] = ROOMS | {"tiny"}
-OPTIONAL = {"transformers", "peft", "huggingface_hub", "matplotlib", "torchvision", "accelerate"}
+OPTIONAL = {"transformers", "peft", "huggingface_hub", "matplotlib", "torchvision", "accelerate", "starlette", "uvicorn"}
 
 FILES = [path for path in Path(".").glob("*.py")] + [path for room in MAY for path in Path(room).rglob("*.py")]
 MODULES = {".".join(path.with_suffix("").parts): path for path in FILES}
