@@ -31,6 +31,7 @@ LOCAL = ("127.0.0.1", "localhost")
 DRAWN = ("rectangle", "ellipse", "arrow", "point", "scribble", "mask", "triangle")  # the kinds of mark that the page has a tool for
 MOST_BYTES, MOST_PICTURES, MOST_PIXELS = 40 * 10**6, 32, 250 * 10**6  # of an uploaded file; of a visitor, all pictures together
 MOST_VISITORS = 200  # at once
+CELLS = 8  # rows and columns in which lessons.explain greys a picture
 GONE = 20  # seconds until a visitor is forgotten whose tab was closed; a reload is back sooner
 
 
@@ -39,7 +40,7 @@ class Unknown(Exception):
 
 
 class Demo:
-    """The visitors, and what the page may ask for: each method answers one request: text is HTML, bytes are a PNG, a dict is JSON."""
+    """The visitors, and what the page may ask for. A method answers a request: text is HTML, bytes are a PNG, a dict is JSON."""
 
     def __init__(self, chat, name, example=None, scale_grey=False):
         self.chat, self.scale_grey, self.device, self.visitors = chat, scale_grey, Device(), {}
@@ -175,7 +176,7 @@ class Demo:
     async def explain(self, request):
         from lessons.explain import page
 
-        return await self._look(request, lambda chat, question, images, answer: page(chat, question, images, 8, answer))
+        return await self._look(request, lambda chat, question, images, answer: page(chat, question, images, CELLS, answer))
 
     async def _look(self, request, look):
         """What look(…) makes of a turn, as soon as the device is free."""

@@ -82,7 +82,7 @@ def fetched(address, body=None, headers=HEADERS):
     method = "GET" if body is None else "POST"
     data = json.dumps(body).encode() if isinstance(body, dict) else body
     try:
-        with urllib.request.urlopen(urllib.request.Request(address, data, headers, method=method), timeout=60) as reply:
+        with urllib.request.urlopen(urllib.request.Request(address, data, headers, method=method), timeout=120) as reply:
             return reply.status, reply.read()
     except urllib.error.HTTPError as error:
         return error.code, error.read()
@@ -105,7 +105,7 @@ class Someone:
     def lines(self, **wish):
         """What is told of an answer, line by line, as it comes."""
         request = urllib.request.Request(f"{self.address}ask?visitor={self.key}", json.dumps(WISH | wish).encode(), HEADERS)
-        with urllib.request.urlopen(request, timeout=60) as reply:
+        with urllib.request.urlopen(request, timeout=120) as reply:
             yield from map(json.loads, reply)
 
     def ask(self, question, **wish):
@@ -141,7 +141,8 @@ def test_what_is_asked_again_takes_the_place_of_the_last(address, vip):
     assert [turn["question"] for turn in someone.post("state")["turns"]] == ["Is there a ring?"]
 
 
-def test_the_prompt_and_the_probabilities(address, vip):
+def test_the_prompt_and_the_probabilities(address, vip, monkeypatch):
+    monkeypatch.setattr(demo, "CELLS", 2)
     someone = Someone(address)
     someone.post("pictures", EXAMPLE.read_bytes())
     someone.ask("How many things are there?", pictures=[{"number": 0, "marks": []}])
