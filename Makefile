@@ -34,6 +34,7 @@ parity: .venv/installed          # live, against transformers and PEFT
 	.venv/bin/python -m tests.parity
 	.venv/bin/python -m tests.tokenizer_parity
 	.venv/bin/python -m tests.parity_lora
+	.venv/bin/python -m tests.parity_original
 	.venv/bin/python -m pytest tests/test_quantize.py -k nothing_else_loads_it  # without transformers it is skipped
 
 oldest: .venv-oldest/installed   # the suite on the oldest PyTorch that the README speaks of

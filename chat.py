@@ -271,7 +271,7 @@ class Chat:
     @property
     def _end(self):
         """What ends an answer. "</s>" never shows, its id ends the steps; ViP's "###" is plain text."""
-        return STYLES[self.style]["end"]
+        return STYLES[self.style].end
 
     def _text(self, messages):
         """The text of a conversation, after the system sentence."""

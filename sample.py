@@ -27,7 +27,7 @@ from tokenizer import STYLES
 from training.lora import load_adapter, refuse_merged
 from weights.checkpoint import checkpoint_folder
 from weights.config import LlavaConfig
-from weights.load import outline, suit
+from weights.load import loaded_bytes, outline, suit
 from weights.memory import cache_bytes, size, weight_bytes, worth_copying
 from weights.quantize import GROUPS
 
@@ -142,11 +142,14 @@ def load(args, pictures, processes=None):
         raise ValueError("--compile, --adapter and quantised weights are for one process; convert.py makes a checkpoint for several")
 
     shares = 1 if processes is None else processes.size
-    weights = weight_bytes(outline(Llava, config, scheme), dtype)
+    if processes is None:
+        weights = loaded_bytes(Llava, folder, config, device, dtype, scheme)
+    else:  # a share of each weight, in dtype
+        weights = weight_bytes(outline(Llava, config), dtype)
     cache = announce(args, config, parameters, device, dtype, scheme, weights, pictures, shares)
     check_memory(config, device, dtype, scheme, weights, cache, shares)
     if processes is None:
-        chat = Chat.from_pretrained(folder, device, dtype, args.quantize, mapped=not worth_copying(parameters * dtype.itemsize))
+        chat = Chat.from_pretrained(folder, device, dtype, args.quantize, mapped=not worth_copying(weights))
     else:
         from weights.shares import split  # here for the same reason as Processes below
 
@@ -157,9 +160,17 @@ def load(args, pictures, processes=None):
         load_adapter(chat.model, args.adapter)
         refuse_merged(folder, args.adapter)
     chat.style, chat.system, chat.pad = args.style or chat.style, args.system, args.pad
+    tell_of_template(folder, chat.style)
     if args.compile:
         chat.model.decode_step = compiled(chat.model.decode_step, device)
     return chat
+
+
+def tell_of_template(folder, style):
+    """One line if the checkpoint brings a chat template of another format than the style's: templates are not run here."""
+    path = folder / "chat_template.jinja"
+    if path.is_file() and STYLES[style].assistant.strip() not in path.read_text(encoding="utf-8", errors="replace"):
+        print(f"{path} is another format than {style!r}; it is not used: --style takes one of {', '.join(STYLES)}", file=sys.stderr)
 
 
 def announce(args, config, parameters, device, dtype, scheme, weights, pictures, shares):

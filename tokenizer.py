@@ -4,25 +4,29 @@ The vocabulary is a SentencePiece BPE model (Kudo & Richardson 2018, https://arx
 Llama's, to which LLaVA adds two special tokens: `<image>`, whose place the picture takes, and `<pad>`.
 """
 
-import json
-import operator
 import re
-from itertools import chain
-from pathlib import Path
+from dataclasses import dataclass
 
-from sentencepiece import SentencePieceProcessor
+from vocabulary import SPECIAL_LITERALS, AddedToken, read_vocabulary
+
+BLANKS = r"[^\S\x1c-\x1f]*"  # white space as Unicode has it; Python's also holds four control characters
 
 
 class Tokenizer:
     """encode(text) -> ids, decode(ids) -> text; attributes bos_id, eos_id, pad_id, image_id and specials (literal -> id)."""
 
     def __init__(self, model, added):
-        """model: a SentencePieceProcessor; added: {literal: id} of the special tokens beyond its vocabulary."""
+        """model: a SentencePieceProcessor; added: AddedTokens, the special ones of the model itself or not among them."""
         self.model = model
         self.bos_id, self.eos_id = model.bos_id(), model.eos_id()
-        if min(model.unk_id(), self.bos_id, self.eos_id) < 0:
+        own = (model.unk_id(), self.bos_id, self.eos_id)
+        if min(own) < 0:
             raise ValueError("the SentencePiece model lacks a token for the unknown, the beginning or the end; Llama's has all three")
-        self.specials = {model.id_to_piece(i): i for i in (model.unk_id(), self.bos_id, self.eos_id)} | added
+        tokens = {model.id_to_piece(i): AddedToken(model.id_to_piece(i), i) for i in own}
+        tokens.update({token.content: token for token in added})
+        for token in tokens.values():
+            self._check(token)
+        self.specials = {token.content: token.id for token in tokens.values() if token.special}
         missing = [literal for literal in ("<image>", "<pad>") if literal not in self.specials]
         if missing:
             raise ValueError(f"the tokenizer has no {' and no '.join(missing)} token; a LLaVA checkpoint adds both")
@@ -30,42 +34,38 @@ class Tokenizer:
         self._special_ids = set(self.specials.values())
         if len(self._special_ids) < len(self.specials):
             raise ValueError(f"two special tokens have one id: {self.specials}")
-        self._literals = re.compile("(" + "|".join(map(re.escape, self.specials)) + ")")
+        self._raw = [token for token in tokens.values() if not token.normalized]
+        self._normalized = [token for token in tokens.values() if token.normalized]
+        self._texts = {token.id: token.content for token in self._raw}
+        self._texts.update({token.id: _normalize(token.content) for token in self._normalized})
+        self._raw_pattern = _pattern((token.content, token.lstrip, token.rstrip) for token in self._raw)
+        self._normalized_pattern = _pattern((self._texts[token.id], False, False) for token in self._normalized)
+        self._raw_ids = {token.content: token.id for token in self._raw}
+        self._normalized_ids = {self._texts[token.id]: token.id for token in self._normalized}
+
+    def _check(self, token):
+        """Raises ValueError for an added token that is not read as tokenizer.json means it, or is not the model's."""
+        if token.single_word or token.normalized and (token.lstrip or token.rstrip):
+            which = "single_word" if token.single_word else "normalized with lstrip or rstrip"
+            raise ValueError(f"the added token {token.content!r} is {which}, which is not supported here")
+        if token.id < len(self.model) and self.model.id_to_piece(token.id) != token.content:
+            piece = self.model.id_to_piece(token.id)
+            raise ValueError(f"the added token {token.content!r} has id {token.id}, which is {piece!r} in the vocabulary")
 
     @classmethod
     def from_pretrained(cls, folder):
-        """Read tokenizer.model, and the added tokens of tokenizer_config.json or added_tokens.json.
+        """Read tokenizer.model, or where there is none the same vocabulary from tokenizer.json; and the added tokens.
 
         Raises FileNotFoundError or ValueError, naming the file.
         """
-        folder = Path(folder)
-        if not (folder / "tokenizer.model").is_file():
-            raise FileNotFoundError(f"{folder} has no tokenizer.model (the SentencePiece model of Llama's vocabulary)")
-        try:
-            model = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-        except (RuntimeError, OSError):
-            raise ValueError(f"{folder / 'tokenizer.model'} is not a SentencePiece model, or is damaged") from None
-        added = {}
-        for name in ("tokenizer_config.json", "added_tokens.json"):
-            if (folder / name).is_file():
-                try:
-                    raw = json.loads((folder / name).read_text(encoding="utf-8"))
-                    if name == "tokenizer_config.json":
-                        raw = {token["content"]: int(i) for i, token in raw.get("added_tokens_decoder", {}).items()}
-                    for literal, i in raw.items():
-                        if not (isinstance(literal, str) and literal):
-                            raise ValueError(f"added token {i} is {literal!r}, not a text")
-                        added[literal] = operator.index(i)
-                except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                    raise ValueError(f"{folder / name} is damaged, or not a tokenizer's: {error!r}") from None
-        return cls(model, added)
+        return cls(*read_vocabulary(folder))
 
     def encode_more(self, text):
         """Ids of a text that goes on in the middle of another: no BOS, and no leading space of SentencePiece's."""
         return self.model.encode("\n" + text)[len(self.model.encode("\n")) :]  # a newline joins with nothing
 
     def encode(self, text):
-        """Ids of a text, BOS first. A special token's literal in the text becomes its one id, `<image>` included.
+        """Ids of a text, BOS first. An added token's literal in the text becomes its one id, `<image>` included.
 
         Each stretch of text between special tokens is encoded as if it stood alone, with SentencePiece's leading space:
         the newline after `<image>` becomes "▁", "\\n". That is what the checkpoints were trained on.
@@ -73,39 +73,76 @@ class Tokenizer:
         """
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise ValueError(f"the text {text!r} is not valid Unicode: it holds half a surrogate pair")
-        ids = [self.bos_id]
-        for part in filter(None, self._literals.split(text)):
-            ids += [self.specials[part]] if part in self.specials else self.model.encode(part)
-        return ids
+        ids, start = [self.bos_id], 0
+        for match in self._raw_pattern.finditer(text):
+            ids += self._encode_stretch(text[start : match.start()])
+            ids.append(self._raw_ids[match[match.lastindex]])
+            start = match.end()
+        return ids + self._encode_stretch(text[start:])
+
+    def _encode_stretch(self, text):
+        """Ids of a text between tokens that are found in it as it stands: of those that SentencePiece's form of it holds, too."""
+        if not text or not self._normalized:
+            return self.model.encode(text)
+        ids, start, text = [], 0, _normalize(text)
+        for match in self._normalized_pattern.finditer(text):
+            ids += self.encode_more(text[start : match.start()]) + [self._normalized_ids[match[0]]]
+            start = match.end()
+        return ids + self.encode_more(text[start:])
 
     def decode(self, ids):
-        """The text of some ids, special tokens left out, without the leading space. Bytes that are not UTF-8 become "�"."""
+        """The text of some ids, special tokens left out, without the leading space. Bytes that are not UTF-8 become "�"; an id
+        that no token has is written out, as "<|id 32050|>"."""
         return "".join(self.stream(ids))
 
     def stream(self, ids):
-        """decode, piece by piece: yields text as soon as it is certain, so never half a character.
-
-        A character outside the vocabulary is spelt in byte tokens; their text is held until the run of bytes has ended.
-        """
-        run, space = bytearray(), " "  # bytes not yet yielded; the leading space, still to be taken off
-        for i in chain(ids, [None]):  # None ends the last run
-            if i is not None and (i in self._special_ids or i >= len(self.model)):
-                continue
-            piece = "" if i is None else self.model.id_to_piece(i)
-            if i is not None and self.model.is_byte(i):
-                run.append(int(piece[1:-1], 16))  # "<0x0A>"
-                continue
-            text = piece.replace("▁", " ")
-            if run:
-                try:
-                    text = run.decode() + text
-                except UnicodeDecodeError:
-                    text = "�" * len(run) + text
-                run.clear()
+        """decode, piece by piece: yields text as soon as it is certain, so never half a character."""
+        space = " "  # the leading one, still to be taken off
+        for text in self._spelt(ids):
+            text, space = text.removeprefix(space), ""
             if text:
-                if text.removeprefix(space):
-                    yield text.removeprefix(space)
-                space = ""
+                yield text
+
+    def _spelt(self, ids):
+        """The texts of ids, of which none is empty. A character outside the vocabulary is spelt in byte tokens; their text is held
+        until the run of bytes has ended."""
+        run = bytearray()
+        for i in ids:
+            if i in self._special_ids:
+                continue
+            if i < len(self.model) and self.model.is_byte(i):
+                run.append(int(self.model.id_to_piece(i)[1:-1], 16))  # "<0x0A>"
+                continue
+            yield _text_of(run) + self._text(i)
+            run.clear()
+        if run:
+            yield _text_of(run)
+
+    def _text(self, i):
+        if i in self._texts:
+            return self._texts[i].replace("▁", " ")
+        return self.model.id_to_piece(i).replace("▁", " ") if i < len(self.model) else f"<|id {i}|>"
+
+
+def _text_of(run):
+    """The text of a run of bytes; one wrong byte makes all of them "�"."""
+    try:
+        return run.decode()
+    except UnicodeDecodeError:
+        return "�" * len(run)
+
+
+def _normalize(text):
+    """A text as SentencePiece sees it."""
+    return "▁" + text.replace(" ", "▁")
+
+
+def _pattern(tokens):
+    """Finds any of some (literal, lstrip, rstrip), where several fit the longest; its group is the literal."""
+    parts = []
+    for literal, lstrip, rstrip in sorted(tokens, key=lambda token: -len(token[0])):
+        parts.append(BLANKS * lstrip + "(" + re.escape(literal) + ")" + BLANKS * rstrip)
+    return re.compile("|".join(parts))
 
 
 def stop_at(pieces, stop):
@@ -138,15 +175,32 @@ SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the human's questions."
 )
 
-# What stands around the turns. A conversation is the system sentence with its separator, `begin`, then for each exchange
-# `user` + question + `assistant` + " " + answer + `end`. The model writes `end` itself when it has finished.
+
+@dataclass(frozen=True)
+class Style:
+    """What stands around the turns. A conversation is the system sentence with its separator, `begin`, then for each exchange
+    `user` + question + `assistant` + " " + answer + `end`. The model writes `end` itself when it has finished."""
+
+    user: str
+    assistant: str
+    end: str
+    turns: tuple[str, ...]  # what starts a turn, and may stand in no question
+    system: str = ""
+    separator: str = " "
+    begin: str = ""
+
+    def forbidden(self, role):
+        """The literals that a message of this role may not hold: the model would not read them as text."""
+        return SPECIAL_LITERALS if role == "assistant" else SPECIAL_LITERALS + self.turns
+
+
 STYLES = {
-    "llava": dict(system="", separator=" ", begin="", user="USER: ", assistant=" ASSISTANT:", end="</s>"),
-    "bakllava": dict(system="", separator=" ", begin="", user="USER: ", assistant="\nASSISTANT:", end="</s>"),
-    "vip": dict(system=SYSTEM, separator="", begin="###", user="Human: ", assistant="###Assistant:", end="###"),
+    "llava": Style(user="USER: ", assistant=" ASSISTANT:", end="</s>", turns=("USER:", "ASSISTANT:")),
+    "bakllava": Style(user="USER: ", assistant="\nASSISTANT:", end="</s>", turns=("USER:", "ASSISTANT:")),
+    "vip": Style("Human: ", "###Assistant:", "###", turns=("###",), system=SYSTEM, separator="", begin="###"),
+    # What LLaVA-1.5 and ViP-LLaVA were trained with by their authors.
+    "v1": Style("USER: ", " ASSISTANT:", "</s>", turns=("USER:", "ASSISTANT:"), system=SYSTEM.replace("human", "user")),
 }
-SPECIAL_LITERALS = ("<unk>", "<s>", "</s>", "<image>", "<pad>")
-TURN_LITERALS = {"llava": ("USER:", "ASSISTANT:"), "bakllava": ("USER:", "ASSISTANT:"), "vip": ("###",)}
 
 
 def chat_prompt(messages, style):
@@ -155,7 +209,7 @@ def chat_prompt(messages, style):
     messages: [{"role": "user", "content": …}, {"role": "assistant", "content": …}, …], before them at most one
         {"role": "system"}, which replaces the style's own system sentence. Content is a text, or a list of parts
         {"type": "image"} and {"type": "text", "text": …}; a turn's pictures stand before its text, as in training.
-    style: "llava", "bakllava" or "vip".
+    style: "llava", "bakllava", "vip" or "v1".
 
     What a user types is text and nothing else. So a text that holds a special token's literal ("<image>", "</s>") or, in
     a user's or the system's words, a mark that starts a turn ("ASSISTANT:", "###") is a ValueError: the tokenizer has no
@@ -164,17 +218,17 @@ def chat_prompt(messages, style):
     if style not in STYLES:
         raise ValueError(f"chat style is {style!r}; expected one of {', '.join(STYLES)}")
     form, turns = STYLES[style], list(messages)
-    system = _content(turns.pop(0), style)[0] if turns and turns[0]["role"] == "system" else form["system"]
-    prompt = (system + form["separator"] if system else "") + form["begin"]
+    system = _content(turns.pop(0), style)[0] if turns and turns[0]["role"] == "system" else form.system
+    prompt = (system + form.separator if system else "") + form.begin
     for n, message in enumerate(turns):
         role = ("user", "assistant")[n % 2]
         if message["role"] != role:
             raise ValueError(f"message {n + 1} has role {message['role']!r}; user and assistant alternate, so expected {role!r}")
         text, images = _content(message, style)
         if role == "user":
-            prompt += form["user"] + "<image>\n" * images + text + form["assistant"]
+            prompt += form.user + "<image>\n" * images + text + form.assistant
         else:
-            prompt += " " + text + form["end"]
+            prompt += " " + text + form.end
     return prompt
 
 
@@ -186,8 +240,7 @@ def _content(message, style):
     if unknown := [part["type"] for part in parts if part["type"] not in ("text", "image")]:
         raise ValueError(f"a message has a part of type {unknown[0]!r}; expected 'text' or 'image'")
     text = "".join(part["text"] for part in parts if part["type"] == "text")
-    forbidden = SPECIAL_LITERALS + (TURN_LITERALS[style] if message["role"] != "assistant" else ())
-    for literal in forbidden:
+    for literal in STYLES[style].forbidden(message["role"]):
         if literal in text:
             hint = "pictures are given beside the text, not in it" if literal == "<image>" else "write it another way"
             raise ValueError(f"the {message['role']}'s text contains {literal!r}, which the model would not read as text; {hint}")

@@ -4,11 +4,14 @@
     python -m bench --shape 1b --dtype bfloat16 --json bench/cpu-1b.json    # also record the figures
     python -m bench --shape 1b --dtype bfloat16 --curves --json bench/cpu-1b-curves.json
     python -m bench --shape 1b --dtype bfloat16 --quantize int8 int4 "int4, compiled" --peers "torchao int8" "bitsandbytes int4"
+    python -m bench --shape 1b --dtype float32 --stored bfloat16 --json bench/cpu-1b-float32.json
+    python -m bench --shape 1b --dtype bfloat16 --quantize int8 int4 --peers "llama.cpp BF16" "llama.cpp Q8_0" "llama.cpp Q4_0" \\
+        --llama-bench llama.cpp/build/bin/llama-bench
     python -m bench --shape 7b --dtype bfloat16 --load                      # loading alone, one library after the other
 
 Each library runs in a process of its own and waits while another is timed. transformers is used as a newcomer would:
 `from_pretrained`, a processor, `generate` with its default settings; on a GPU also with its static cache, which compiles.
-Needs `pip install transformers==5.23.0`, and for --peers accelerate, torchao and bitsandbytes.
+Needs `pip install transformers==5.23.0`, and for --peers accelerate, torchao and bitsandbytes, or gguf and a llama.cpp.
 """
 
 import argparse
@@ -25,6 +28,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from bench import llama_cpp
 from bench.limits import decode_bytes, matrix_throughput, prefill_operations, read_bandwidth
 from bench.shapes import SHAPES, checkpoint_of
 from bench.worker import LIBRARIES, PEERS, PICTURE, QUESTION, SECOND, prompt
@@ -107,19 +111,24 @@ def count_weights(config):
     return {"text": text, "vision": count(model.vision_tower), "projector": count(model.projector), "all": count(model)}
 
 
-def bytes_saved(config, library, size):
-    """How many bytes less a decode step reads of weights in this library's scheme; 0 if it has none."""
+def bytes_saved(config, library, size, stored):
+    """How many bytes less than in `size` bytes a weight a decode step of this library reads: in its scheme, or as they are stored."""
     scheme = next((word for word in library.split(", ") if word in GROUPS), None)
-    if scheme is None:
+    if scheme is None and not library.startswith("ours"):
         return 0
     layers = outline(Llava, config).language_model.modules()
     plain = sum(layer.weight.numel() for layer in layers if isinstance(layer, torch.nn.Linear))
+    if scheme is None:
+        return plain * (size - stored)
     model = outline(Llava, config, scheme)
     return plain * size - sum(buffer.nbytes for buffer in model.buffers())
 
 
-def measure(folder, device, dtype, repeats, schemes, peers):
-    """The figures {name: {library: value}}, and of those that have a physical limit {name: limit}."""
+def measure(folder, device, dtype, repeats, schemes, peers, stored, others):
+    """The figures {name: {library: value}}, and of those that have a physical limit {name: limit}.
+
+    stored: bytes of a weight in the checkpoint; others: {name: function (context) -> tokens a second}, of what is no worker.
+    """
     config, name = LlavaConfig.from_pretrained(folder), str(dtype)[6:]
     weights, size = count_weights(config), dtype.itemsize
     libraries = [*list(LIBRARIES)[: 4 if device.startswith("cuda") else 3], *(f"ours, {scheme}" for scheme in schemes), *peers]
@@ -131,6 +140,8 @@ def measure(folder, device, dtype, repeats, schemes, peers):
         runs = {lib: partial(worker, "generate", batch=batch, length=length, tokens=NEW_TOKENS) for lib, worker in workers.items()}
         return in_turn(runs, repeats, bar)
 
+    config_tokens = len(Tokenizer.from_pretrained(folder).encode(prompt())) - 1 + config.features_per_image
+    elsewhere = in_turn({name: lambda run=run: [run(config_tokens)] for name, run in others.items()}, repeats if others else 0, bar)
     rows = {}
     for batch, length in ((1, 0), (8, WORDS)):  # one row with a picture, eight of text alone
         generate(batch, length, 1)  # to warm up, and to compile
@@ -157,11 +168,13 @@ def measure(folder, device, dtype, repeats, schemes, peers):
     P, tokens = config.features_per_image, len(Tokenizer.from_pretrained(folder).encode(prompt())) - 1
     first = tokens + P
     second = len(Tokenizer.from_pretrained(folder).encode(SECOND)) + 12  # and the marks of the turns
-    bandwidth = read_bandwidth(torch.device(device), weights["text"] * size)
+    bandwidth = read_bandwidth(torch.device(device), weights["text"] * stored)
     throughput = matrix_throughput(torch.device(device), dtype)
-    reading = lambda rows, prompt=first: decode_bytes(config, weights, rows, prompt + NEW_TOKENS / 2, dtype) / bandwidth
-    reads = lambda lib: decode_bytes(config, weights, 1, first + NEW_TOKENS / 2, dtype) - bytes_saved(config, lib, size)
+    saved = bytes_saved(config, "ours", size, stored)
+    reading = lambda rows, prompt=first: (decode_bytes(config, weights, rows, prompt + NEW_TOKENS / 2, dtype) - saved) / bandwidth
+    reads = lambda lib: decode_bytes(config, weights, 1, first + NEW_TOKENS / 2, dtype) - bytes_saved(config, lib, size, stored)
     speeds = {lib: reads(lib) / values[1] for lib, values in rows[1].items() if lib not in PEERS}
+    figures[SPEED] |= {name: values[0] for name, values in elsewhere.items()}
     figures["decode, 1 row, GB/s"] = {lib: speed / 1e9 for lib, speed in speeds.items()}
     figures["of what the machine reads, %"] = {lib: 100 * speed / bandwidth for lib, speed in speeds.items()}
     operations = lambda rows: 2 * weights["text"] * rows / throughput
@@ -247,13 +260,21 @@ def processor_name():
     return f"{len(names)} cores of {names[0]}" if names else platform.processor()
 
 
+def cpu_kind():
+    """What of the CPU decides which kernels run: the instructions that PyTorch uses, and whether numba is there."""
+    numba = "with numba" if importlib.util.find_spec("numba") else "without numba"
+    return f"{torch.backends.cpu.get_cpu_capability()} {numba}, {torch.get_num_threads()} threads"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", default="tiny", choices=("tiny", *SHAPES))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--stored", choices=("float32", "bfloat16", "float16"), help="the type of the checkpoint's weights [--dtype]")
     parser.add_argument("--quantize", nargs="+", default=[], choices=SCHEMES, help="ours in these schemes, too")
-    parser.add_argument("--peers", nargs="+", default=[], choices=PEERS, help="transformers in 8 and 4 bits, by other libraries")
+    parser.add_argument("--peers", nargs="+", default=[], choices=[*PEERS, *llama_cpp.PEERS], help="other libraries")
+    parser.add_argument("--llama-bench", type=Path, metavar="PATH", help="the program of llama.cpp, for its --peers")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--load", action="store_true", help="loading alone")
     parser.add_argument("--curves", action="store_true", help="how the cost grows with context and batch")
@@ -262,18 +283,30 @@ def main():
     if importlib.util.find_spec("transformers") is None:
         sys.exit("bench: transformers is not installed, and this measures ours beside it: pip install transformers==5.23.0")
 
+    peers = [name for name in args.peers if name in PEERS]
+    others = [name for name in args.peers if name in llama_cpp.PEERS]
+    if others and (args.llama_bench is None or args.shape == "tiny" or args.load or args.curves):
+        sys.exit("bench: llama.cpp is measured decoding a shape of random weights: give --shape 1b and --llama-bench PATH")
+
     device, dtype = choose_device(args.device), getattr(torch, args.dtype)
-    folder = checkpoint_of(args.shape, dtype)
+    stored = getattr(torch, args.stored or args.dtype)
+    folder = checkpoint_of(args.shape, stored)
     record = dict(shape=args.shape, dtype=args.dtype, device=device, machine=processor_name(), torch=torch.__version__)
+    if device == "cpu":
+        record["cpu"] = cpu_kind()
     if args.curves:
         record["curves"] = measure_curves(folder, device, dtype, args.repeats)
         for name, curve in record["curves"].items():
             print(name, *(f"  {lib}: " + ", ".join(f"{x}: {value:.3g}" for x, value in points) for lib, points in curve.items()), sep="\n")
     else:
-        run = measure_loading if args.load else measure
-        record["figures"], record["limits"], record["measured limits"] = run(folder, device, dtype, args.repeats, args.quantize, args.peers)
+        if args.load:
+            results = measure_loading(folder, device, dtype, args.repeats, args.quantize, peers)
+        else:
+            runs = llama_cpp.runs(args.llama_bench, args.shape, others)
+            results = measure(folder, device, dtype, args.repeats, args.quantize, peers, stored.itemsize, runs)
+        record["figures"], record["limits"], record["measured limits"] = results
         limits = ", ".join(f"{name} {value:.3g}" for name, value in record["measured limits"].items())
-        print(f"{args.shape} in {args.dtype} on {record['machine']} {limits}", as_markdown(record), sep="\n")
+        print(f"{args.shape} in {args.dtype} on {record['machine']}, {record.get('cpu', '')} {limits}", as_markdown(record), sep="\n")
     if args.json:
         args.json.write_text(json.dumps(record, indent=1) + "\n")
 

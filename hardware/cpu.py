@@ -1,20 +1,58 @@
-"""What a CPU does faster in bfloat16 than PyTorch's first choice. `weights.load.suit` puts it into a model once, when it is loaded.
+"""What a CPU does faster than the plain forms of the book. `weights.load.suit` puts it into a model once, when it is loaded.
 
-PyTorch hands 16-bit products on a CPU to the library oneDNN. It is the right choice for many rows and the wrong one for few.
+A decode step has one row, and multiplies each matrix with a vector: there numba's kernels (`kernels.py`) read the matrix as fast as memory
+gives it. numba is optional; without it PyTorch's own kernels are used. A prompt has many rows: there PyTorch's products are used, in
+bfloat16 where the CPU multiplies that, else in float32.
 """
 
 from contextlib import contextmanager
+from functools import cache, wraps
+from importlib.util import find_spec
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-MANY = 8  # rows above which they are worth filling up
+from hardware.device import multiplies_bfloat16
+
+PART = 512  # outputs whose weights become float32 at once: a few megabytes, which stay in the CPU's cache
+NUMPY = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}  # NumPy has no bfloat16, and numba no float16: as the bits they are
+
+
+@cache
+def has_kernels():
+    """Whether there are kernels for one row here: numba is installed, and the CPU is one that they were written for."""
+    return find_spec("numba") is not None and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+
+@cache
+def start_kernels():
+    """Load numba and the kernels. numba's start gives all cores to the OpenMP that PyTorch uses too, so PyTorch's number is set again."""
+    threads = torch.get_num_threads()
+    import numba
+
+    from hardware import kernels
+
+    numba.set_num_threads(1)  # starts it
+    torch.set_num_threads(threads)
+    return numba, kernels
+
+
+def kernels():
+    """The module of kernels, with as many threads as PyTorch has. It compiles each at the first call, and keeps it in a file."""
+    numba, module = start_kernels()
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    return module
+
+
+def array(tensor):
+    """The NumPy array over a tensor's memory, as the kernels take it."""
+    return tensor.detach().view(NUMPY.get(tensor.dtype, tensor.dtype)).numpy()
 
 
 @contextmanager
 def onednn(enabled):
-    """Let PyTorch use oneDNN, or only what it has itself."""
+    """Let PyTorch use the library oneDNN, or only what it has itself."""
     before, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, enabled
     try:
         yield
@@ -22,35 +60,114 @@ def onednn(enabled):
         torch.backends.mkldnn.enabled = before
 
 
-class PaddedLinear(nn.Linear):
-    """A linear layer that fills many rows up with zeros to a multiple of 8.
+def opaque(result):
+    """Make a function an operation that torch.compile takes as a whole. result: of the same arguments, an empty tensor like its result."""
 
-    oneDNN cuts the rows into blocks. The vision tower has 577 of them, a prime number: it multiplies those a quarter more slowly than
-    584.
+    def decorate(function):
+        operation = torch.library.custom_op(f"llava_py::{function.__name__}", function, mutates_args=())
+        operation.register_fake(result)
+        return wraps(function)(lambda *tensors: operation(*tensors) if torch.compiler.is_compiling() else function(*tensors))
+
+    return decorate
+
+
+# Products of one row, x Wᵀ: x (1, K) with a weight of N outputs gives (1, N), in x's type.
+
+
+@opaque(lambda x, weight: x.new_empty(1, len(weight)))
+def row_by_pytorch(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """By PyTorch's own kernel for bfloat16, which reads the weight (N, K) 1.3 to 1.8 times as fast as oneDNN's."""
+    with onednn(False):
+        return F.linear(x, weight)
+
+
+@opaque(lambda x, weight: x.new_empty(1, len(weight)))
+def row_times_16_bits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """With a weight (N, K) in 16 bits."""
+    y = torch.empty(1, len(weight))
+    kernels().matrix_times_vector(array(weight), array(x[0].float()), array(y[0]))
+    return y.to(x.dtype)
+
+
+@opaque(lambda x, weight, scales: x.new_empty(1, len(weight)))
+def row_times_8_bits(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """With w ≈ scale · q. weight: q (N, K) int8; scales: (N,)."""
+    y = torch.empty(1, len(weight))
+    kernels().matrix_times_vector(array(weight), array(x[0].float()), array(y[0]))
+    return (y * scales).to(x.dtype)
+
+
+@opaque(lambda q, k, v, mask: torch.empty_like(q))
+def attention_of_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Attention of one token a row, by the kernel: it reads keys and values once, in the type that they have.
+
+    q: (B, H, 1, E); k, v: (B, K, S, E), the first slots of a cache; mask: (B, 1, 1, S), added to the scores. Returns (B, H, 1, E).
     """
+    B, H, _, E = q.shape
+    if k.stride() != v.stride() or k.stride()[2:] != (E, 1):  # not of a cache
+        k, v = k.contiguous(), v.contiguous()
+    row, head = torch.arange(B)[:, None], torch.arange(H) // (H // k.shape[1])
+    starts = (row * k.stride(0) + head * k.stride(1)) // E  # (B, H): where the slots of each head begin, among those of all heads
+    slots = int(starts[-1, -1]) + k.shape[2]
+    keys, values = (tensor.as_strided((slots, E), (E, 1)) for tensor in (k, v))
+    masks = mask.float().view(B, 1, -1).expand(B, H, -1).reshape(B * H, -1)
+    out = torch.empty(B * H, E)
+    queries = array(q.float().reshape(B * H, E))
+    kernels().one_query(queries, array(keys), array(values), array(starts.flatten()), array(masks), array(out))
+    return out.view(q.shape).to(q.dtype)
 
-    def __init__(self, linear):
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
 
-    def forward(self, x):
-        rows = x.shape[:-1].numel()
-        if rows <= MANY or rows % 8 == 0:
-            return F.linear(x, self.weight, self.bias)
-        filled = F.pad(x.flatten(0, -2), (0, 0, 0, -rows % 8))
-        return F.linear(filled, self.weight, self.bias)[:rows].unflatten(0, x.shape[:-1])
-
-
-def attention_of_one(q, k, v, mask):
-    """Attention of one token a row, written out as two products: two to four times as fast as the fused kernel with one query.
-
-    q: (B, H, 1, E); k, v: (B, K, S, E); mask: (B, 1, 1, S), added to the scores. Returns (B, H, 1, E).
-    """
+def attention_in_two_products(q, k, v, mask):
+    """The same by PyTorch: in bfloat16 two to four times as fast as its fused kernel with one query."""
     queries = q.view(*k.shape[:2], -1, q.shape[-1])  # (B, K, H / K, E): the query heads that share a head of k
     with onednn(queries.shape[2] > 1):
         # As k qᵀ, not q kᵀ: of a transposed part of the cache oneDNN would make a copy first.
         scores = (k @ queries.transpose(-1, -2)).transpose(-1, -2)
     scores = scores.float() * q.shape[-1] ** -0.5 + mask  # (B, K, H / K, S)
-    with onednn(True):
-        return (scores.softmax(-1).to(v.dtype) @ v).view(q.shape)
+    return (scores.softmax(-1).to(v.dtype) @ v).view(q.shape)
+
+
+class SixteenBitLinear(nn.Linear):
+    """A linear layer of a CPU whose weight stays in 16 bits, whatever type it computes in."""
+
+    def __init__(self, linear, one_row):
+        """one_row: the product for a single row, `row_times_16_bits` or `row_by_pytorch`."""
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias, self.one_row = linear.weight, linear.bias, one_row
+
+    def forward(self, x):
+        weight, bias, rows = self.weight, self.bias, x.shape[:-1].numel()
+        if type(x) is not torch.Tensor or not x.is_cpu or x.requires_grad or torch.is_autocast_enabled("cpu"):
+            return plain_linear(x, weight, bias)
+        if rows == 1:
+            y = self.one_row(x.reshape(1, -1), weight)
+        elif x.dtype == weight.dtype == torch.bfloat16 and multiplies_bfloat16():
+            return padded_linear(x, weight, bias)
+        else:
+            y = rows_times_16_bits(x.flatten(0, -2), weight)
+        y = y.view(*x.shape[:-1], -1)
+        return y if bias is None else y + bias
+
+
+def plain_linear(x, weight, bias):
+    """The layer's formula and no more, for what trains it, moves it to another device, or shares it between processes."""
+    if torch.is_autocast_enabled("cpu"):  # it brings the types together itself
+        return F.linear(x, weight, bias)
+    return F.linear(x, weight.to(x.dtype), bias)
+
+
+def padded_linear(x, weight, bias):
+    """The layer with its rows filled up by zeros to a multiple of 8. oneDNN cuts the rows into blocks, and the vision tower has 577 of
+    them, a prime number: it multiplies those a quarter more slowly than 584."""
+    rows = x.shape[:-1].numel()
+    if rows <= 8 or rows % 8 == 0:
+        return F.linear(x, weight, bias)
+    filled = F.pad(x.flatten(0, -2), (0, 0, 0, -rows % 8))
+    return F.linear(filled, weight, bias)[:rows].unflatten(0, x.shape[:-1])
+
+
+def rows_times_16_bits(x, weight):
+    """x Wᵀ, (M, K) -> (M, N), in float32: part by part the weights become float32, and are used before they leave the cache."""
+    x32 = x.float()
+    return torch.cat([F.linear(x32, part.float()) for part in weight.split(PART)], 1).to(x.dtype)

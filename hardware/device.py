@@ -1,5 +1,6 @@
 """Where to compute: the device, the number type that is fast on it, and the memory that it has left. Imports nothing of ours."""
 
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ def choose_device(name):
 
 
 def choose_dtype(device, parameters):
-    """The type that is fast: 16 bits for a large model, bfloat16 where the hardware multiplies it, never float16 on a CPU."""
+    """The type that is fast to compute in: 16 bits for a large model, bfloat16 where the hardware multiplies it, never float16 on a CPU."""
     if parameters < SMALL:
         return torch.float32
     kind = torch.device(device).type
@@ -34,9 +35,15 @@ def choose_dtype(device, parameters):
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     if kind == "mps":
         return torch.float16
+    return torch.bfloat16 if multiplies_bfloat16() else torch.float32
+
+
+@cache
+def multiplies_bfloat16():
+    """Whether this CPU has instructions for products of bfloat16, and PyTorch uses them."""
     info = Path("/proc/cpuinfo")  # absent where the system is not Linux: such a CPU gets float32
     flags = info.read_text().split() if info.exists() else ()
-    return torch.bfloat16 if {"avx512_bf16", "amx_bf16", "bf16"} & set(flags) else torch.float32
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags)) and torch.backends.cpu.get_cpu_capability() != "AVX2"
 
 
 def free_memory(device):

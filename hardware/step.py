@@ -10,26 +10,14 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from hardware.cpu import onednn
-
 _graphs = WeakKeyDictionary()  # the captured step of each cache; it goes when the cache goes
 
 
 def fastest(step, model, cache):
     """The decode step as (token, alive) -> logits for a run of steps in this cache. model: the module whose weights the step reads."""
-    device, dtype = cache.length.device.type, cache.dtype
-    if device == "cuda":
+    if cache.length.device.type == "cuda":
         return captured(step, model, cache)
-    if device == "cpu" and dtype == torch.bfloat16:
-        return partial(without_onednn, step, cache)
     return partial(step, cache=cache)
-
-
-def without_onednn(step, cache, token, alive):
-    """PyTorch's own kernel for a matrix times a vector reads the matrix 1.3 to 1.8 times as fast as oneDNN's. From two rows on
-    it is the other way round."""
-    with onednn(len(token) > 1):
-        return step(token, alive, cache)
 
 
 def compiled(step, device):

@@ -31,7 +31,7 @@ TOKENS = 4096  # of a batch of greyed pictures: more takes memory and no less ti
 def answer_ids(chat, question, images, **options):
     """Ask, and give the ids of the prompt (each <image> expanded) and of the answer, its end included if it came."""
     prompt, pixels = whole_prompt(chat, question, images)
-    answer, end = [], STYLES[chat.style]["end"]
+    answer, end = [], STYLES[chat.style].end
     for token in chat.model.generate(torch.tensor([prompt]), pixels, **options):
         answer.append(int(token))
         if end in chat.tokenizer.decode(answer):  # ViP's "###" is plain text

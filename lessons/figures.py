@@ -1,13 +1,97 @@
-"""The pictures of the walkthrough. What they show is computed in the notebook; here it is only drawn."""
+"""The pictures of the walkthrough. What they show is computed in the notebook; here it is drawn, and said in words for those who
+cannot see it."""
+
+import base64
+import io
+from itertools import groupby
 
 GREY = (0.5, 0.5, 0.5)
 
 
-def panels(grids, captions, title, columns=8, under=None, colours="viridis", limits=None, scale=1.6):
+def show(figure, words):
+    """Put a figure below its cell. words: what a screen reader says in its place."""
+    import matplotlib.pyplot as plt
+    from IPython.display import display
+
+    file = io.BytesIO()
+    figure.savefig(file, format="png", bbox_inches="tight")
+    plt.close(figure)
+    picture = base64.b64encode(file.getvalue()).decode()
+    display({"image/png": picture, "text/plain": words}, metadata={"image/png": {"alt": words}}, raw=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- in words
+
+
+def words_of_panels(grids, captions):
+    """The captions, and where each heat map is brightest, its rows and columns counted from 1."""
+    said = []
+    for grid, caption in zip(grids, captions):
+        caption = " ".join(caption.split())
+        if hasattr(grid, "tolist"):
+            row, column = divmod(int(grid.argmax()), grid.shape[1])
+            caption += f", brightest in row {row + 1}, column {column + 1}"
+        said.append(caption)
+    return "; ".join(said)
+
+
+def words_of_pages(pages, captions):
+    """All words, page by page and row by row."""
+    said = []
+    for page, caption in zip(pages, captions):
+        rows = (f"row {n}: {' '.join(words)}" for n, words in enumerate(page, 1))
+        said.append(f"{caption}: {'; '.join(rows)}")
+    return ". ".join(said)
+
+
+def words_of_strip(colours, labels, positions, legend):
+    """Each run of cells of one colour: what it is, its positions and its labels."""
+    said = []
+    for colour, run in groupby(range(len(colours)), key=lambda n: colours[n]):
+        run = [*run]
+        texts = " ".join(labels[n] for n in run if labels[n])
+        said.append(f"positions {positions[run[0]]} to {positions[run[-1]]}, {legend[colour]}: {texts}".removesuffix(": "))
+    return "; ".join(said)
+
+
+def words_of_slots(stages):
+    """The rows of each stage, slot by slot."""
+    said = []
+    for caption, rows in stages:
+        for n, row in enumerate(rows, 1):
+            cells = ["free" if cell is None else cell if cell == "pad" else f"{cell[0]} at {cell[1]}" for cell in row]
+            said.append(f"{caption}, row {n}: {', '.join(cells)}")
+    return "; ".join(said)
+
+
+def words_of_bars(charts):
+    """Each chart's words and probabilities."""
+    said = []
+    for caption, chart in charts.items():
+        shares = (f"{word} {100 * float(share):.0f} %" for word, share in chart.items())
+        said.append(f"{caption}: {', '.join(shares)}")
+    return "; ".join(said)
+
+
+def words_of_lines(curves):
+    """Where each curve begins, ends and has its lowest and highest point."""
+    said = []
+    for name, numbers in curves.items():
+        values = [float(number) for number in numbers]
+        low, high = min(values), max(values)
+        said.append(f"{name}: from {values[0]:.3g} to {values[-1]:.3g} in {len(values)} points, lowest {low:.3g}, highest {high:.3g}")
+    return "; ".join(said)
+
+
+# ------------------------------------------------------------------------------------------------------------- drawn
+
+
+def panels(grids, captions, title, columns=8, under=None, colours="viridis", limits=None, scale=1.6, shows=None):
     """Small pictures side by side, each with its caption.
 
     grids: PIL pictures, or tensors (rows, columns) that are drawn as heat maps, each with a scale of its own.
     under: a PIL picture to lay a faint copy of below each heat map. limits: (lowest, highest) for all heat maps together.
+    shows: what is to be seen, in words; without it the captions are said, and where each heat map is brightest.
     """
     import matplotlib.pyplot as plt
 
@@ -30,11 +114,11 @@ def panels(grids, captions, title, columns=8, under=None, colours="viridis", lim
             axis.imshow(under, extent=box)
         axis.imshow(grid.float().cpu(), extent=box, cmap=colours, vmin=low, vmax=high, alpha=1 if under is None else 0.75)
     figure.tight_layout()
-    plt.show()
+    show(figure, f"{title}. {shows or words_of_panels(grids, captions)}.")
 
 
 def patch_lines(picture, grid, chosen, title):
-    """A picture with the borders of its patches, and the chosen patch (row, column) enlarged beside it."""
+    """A picture with the borders of its patches, and the chosen patch enlarged beside it: (row, column), counted from 0."""
     import matplotlib.pyplot as plt
 
     figure, (whole, one) = plt.subplots(1, 2, figsize=(6, 3.4))
@@ -48,11 +132,12 @@ def patch_lines(picture, grid, chosen, title):
     whole.add_patch(plt.Rectangle(box[:2], size, size, fill=False, edgecolor="red", linewidth=2))
     one.imshow(picture.crop(tuple(map(round, box))))
     whole.set_title(f"{grid} × {grid} patches", fontsize=9)
-    one.set_title(f"the patch in row {row}, column {column}", fontsize=9)
+    one.set_title(f"the patch in row {row + 1}, column {column + 1}", fontsize=9)
     whole.axis("off")
     one.axis("off")
     figure.tight_layout()
-    plt.show()
+    which = f"the patch in row {row + 1}, column {column + 1}"
+    show(figure, f"{title}. A picture in {grid} × {grid} patches; {which} is framed, and enlarged beside it.")
 
 
 def words_on_patches(picture, pages, captions, title):
@@ -72,7 +157,7 @@ def words_on_patches(picture, pages, captions, title):
         axis.set_title(caption, fontsize=9)
         axis.axis("off")
     figure.tight_layout()
-    plt.show()
+    show(figure, f"{title}. {words_of_pages(pages, captions)}.")
 
 
 def strip(colours, labels, positions, title, legend):
@@ -88,7 +173,7 @@ def strip(colours, labels, positions, title, legend):
     keys = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in legend]
     axis.legend(keys, legend.values(), fontsize=8, ncols=len(legend), loc="upper center", bbox_to_anchor=(0.5, -0.15))
     figure.tight_layout()
-    plt.show()
+    show(figure, f"{title}. {words_of_strip(colours, labels, positions, legend)}.")
 
 
 def slots(stages, title):
@@ -108,7 +193,7 @@ def slots(stages, title):
         axis.set(xlim=(0, len(rows[0])), ylim=(len(rows), 0), yticks=[], xticks=[])
         axis.set_title(caption, fontsize=9, loc="left")
     figure.tight_layout()
-    plt.show()
+    show(figure, f"{title}. {words_of_slots(stages)}.")
 
 
 def bars(charts, title, dots=None):
@@ -125,7 +210,7 @@ def bars(charts, title, dots=None):
         axis.set_title(caption, fontsize=9)
     axes[0, 0].set_ylabel("probability")
     figure.tight_layout()
-    plt.show()
+    show(figure, f"{title}. {words_of_bars(charts)}.")
 
 
 def lines(curves, title, x, y, log=False):
@@ -139,4 +224,4 @@ def lines(curves, title, x, y, log=False):
     if len(curves) > 1:
         axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
-    plt.show()
+    show(figure, f"{title}. {words_of_lines(curves)}.")

@@ -25,7 +25,7 @@ from images import ImageProcessor
 from llava import Llava
 from sample import fail
 from tiny import marked, world
-from tokenizer import SPECIAL_LITERALS, STYLES, TURN_LITERALS, Tokenizer
+from tokenizer import SPECIAL_LITERALS, STYLES, Tokenizer
 from weights.checkpoint import checkpoint_folder
 from weights.config import LlavaConfig
 
@@ -61,12 +61,19 @@ def weights(model):
 def vocabulary(tokenizer):
     """The SentencePiece model as a table: [text, score, kind] of each piece."""
     model = tokenizer.model
-    kind = lambda i: "byte" if model.is_byte(i) else "special" if model.is_control(i) or model.is_unknown(i) else "normal"
     return {
-        "pieces": [(model.id_to_piece(i), model.get_score(i), kind(i)) for i in range(len(model))],
+        "pieces": [(model.id_to_piece(i), model.get_score(i), kind_of_piece(model, i)) for i in range(len(model))],
         "specials": tokenizer.specials,
-        **{name: getattr(tokenizer, name) for name in ("bos_id", "eos_id", "image_id")},
+        "bos_id": tokenizer.bos_id,
+        "eos_id": tokenizer.eos_id,
+        "image_id": tokenizer.image_id,
     }
+
+
+def kind_of_piece(model, i):
+    if model.is_byte(i):
+        return "byte"
+    return "special" if model.is_control(i) or model.is_unknown(i) else "normal"
 
 
 def pictures(style):
@@ -93,27 +100,33 @@ def plain_pictures():
 
 def marked_pictures():
     """Pictures with one mark each: of every kind one, an ellipse first."""
-    kinds = sorted(marks.KINDS, key="ellipse".__ne__)
+    kinds = ["ellipse", *(kind for kind in marks.KINDS if kind != "ellipse")]
     found, questions = [], [*marked.ABOUT_ONE.values()]
     for n, kind in enumerate(kinds):
         random = Random(f"page one mark {n}")
         scene, layout, pairs = marked.marked_scene(random, 1, kind, held_out=True)
-        found.append(example(layout, pairs, *questions[n % len(questions)](scene, pairs, random)))
+        ask = questions[n % len(questions)]
+        found.append(example(layout, pairs, *ask(scene, pairs, random)))
     return found
 
 
 def example(layout, pairs, question, answer):
     """What the page holds of a picture. layout: from world.place; pairs: [(thing, its mark), …]."""
     ground, placed = layout
-    things = [asdict(one.thing) | {name: getattr(one, name) for name in ("radius", "x", "y", "shade", "tilt")} for one in placed]
     return {
         "picture": data_url(marked.picture(layout, pairs)),
         "question": question,
         "answer": answer,
         "ground": ground,
-        "things": things,
+        "things": [thing_of(one) for one in placed],
         "marks": [asdict(mark) | {"cell": thing.cell} for thing, mark in pairs],
     }
+
+
+def thing_of(placed):
+    """A thing and where it lies, in one table as scene.js has it."""
+    where = {"radius": placed.radius, "x": placed.x, "y": placed.y, "shade": placed.shade, "tilt": placed.tilt}
+    return asdict(placed.thing) | where
 
 
 def known_words(style):
@@ -182,7 +195,7 @@ def page(model, tokenizer, processor, examples):
     config = model.config
     data = {
         "config": asdict(config) | {"features_per_image": config.features_per_image},
-        "style": STYLES[config.style] | {"specials": SPECIAL_LITERALS, "turns": TURN_LITERALS[config.style]},
+        "style": asdict(STYLES[config.style]) | {"specials": SPECIAL_LITERALS},
         "tokenizer": vocabulary(tokenizer),
         "processor": asdict(processor),
         "examples": examples,

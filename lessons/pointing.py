@@ -119,9 +119,10 @@ def pointed(chat, count, seed=0, tuning=50, occlude=True):
     patches = {
         "attention": [int(scores.mean(0).argmax()) for scores in maps[tuning:]],
         "best head": [int(scores[head].argmax()) for scores in maps[tuning:]],
-        **({"occlusion": occluded} if occlude else {}),
-        "logit lens": [int(scores[block].argmax()) for scores in lenses[tuning:]],
     }
+    if occlude:
+        patches["occlusion"] = occluded
+    patches["logit lens"] = [int(scores[block].argmax()) for scores in lenses[tuning:]]
     return patches, boxes[tuning:]
 
 

@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 
@@ -15,3 +17,11 @@ def bundled():
 def chat(bundled):
     """The bundled model in a conversation, and with a cache, of its own."""
     return Chat(bundled.model, bundled.tokenizer, bundled.processor)
+
+
+@pytest.fixture(autouse=True)
+def what_was_compiled_is_forgotten():
+    """torch.compile keeps few variants of a function, and those of one test would count in the next."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()

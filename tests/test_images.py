@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-import images
+import opening
 from images import ImageProcessor, open_image
 from tests.make_images import FILE, MEAN, MODES, SIZES, STD, cases, picture, summary
 
@@ -304,7 +304,7 @@ def test_heic_is_read_where_the_package_is(tmp_path, monkeypatch):
 
 
 def test_a_telephones_200_megapixels_are_allowed(tmp_path, monkeypatch):
-    assert images.MOST_PIXELS * Image.MAX_IMAGE_PIXELS > 16384 * 12288
+    assert opening.MOST_PIXELS * Image.MAX_IMAGE_PIXELS > 16384 * 12288
     picture("RGB", (18, 13)).save(tmp_path / "large.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow itself would refuse more than 200
     assert open_image(tmp_path / "large.png").size == (18, 13) and Image.MAX_IMAGE_PIXELS == 100
@@ -331,7 +331,7 @@ DEEP = {
 
 @pytest.mark.parametrize("name", DEEP)
 def test_deep_greyscale_is_scaled_when_asked(tmp_path, name, capsys, monkeypatch):
-    monkeypatch.setattr(images, "_told", set())
+    monkeypatch.setattr(opening, "_told", set())
     Image.fromarray(DEEP[name]).save(tmp_path / name)
     plain = open_image(tmp_path / name)
     said = capsys.readouterr().err
@@ -348,14 +348,14 @@ def test_deep_greyscale_is_scaled_when_asked(tmp_path, name, capsys, monkeypatch
     [(np.float32([[-1000, 0, 3000]]), -1000, 3000), (np.int32([[-5, 0, 5]]), -5, 5), (np.float32([[0, np.nan, 1, np.inf]]), 0, 1)],
 )
 def test_values_below_0_and_what_is_no_number(values, black, white):
-    scaled = np.asarray(images.scaled_grey(Image.fromarray(values)))
+    scaled = np.asarray(opening.scaled_grey(Image.fromarray(values)))
     expected = (np.nan_to_num(values.astype(float), posinf=0) - black) / (white - black) * 255
     assert np.abs(scaled - expected).max() <= 0.5
 
 
 @pytest.mark.parametrize("values", [np.zeros((2, 2), np.uint16), np.full((2, 2), np.nan, np.float32), np.full((2, 2), 1e30, np.float32)])
 def test_one_grey_is_no_error(values):
-    assert len(np.unique(np.asarray(images.scaled_grey(Image.fromarray(values))))) == 1
+    assert len(np.unique(np.asarray(opening.scaled_grey(Image.fromarray(values))))) == 1
 
 
 def test_eight_bits_are_left_alone(tmp_path, capsys):
@@ -417,14 +417,14 @@ def test_a_picture_from_an_address(server, path):
      ("/drips.png", "longer than 0.5")],
 )  # fmt: skip
 def test_an_address_that_gives_no_picture(server, path, words, monkeypatch):
-    monkeypatch.setattr(images, "PATIENCE", 0.5)
+    monkeypatch.setattr(opening, "PATIENCE", 0.5)
     with pytest.raises(ValueError, match=words) as error:
         open_image(server + path)
     assert server + path in str(error.value)
 
 
 def test_an_address_with_too_many_bytes(server, monkeypatch):
-    monkeypatch.setattr(images, "MOST_BYTES", 100)
+    monkeypatch.setattr(opening, "MOST_BYTES", 100)
     with pytest.raises(ValueError, match="more than 0.0001 MB"):
         open_image(server + "/picture.png")
 
@@ -518,6 +518,15 @@ def test_sizes_may_be_numbers(tmp_path):
 
 def test_steps_and_factors_have_defaults(tmp_path):
     write(tmp_path, {name: CONFIG[name] for name in ("size", "crop_size", "image_mean", "image_std")})
+    assert ImageProcessor.from_pretrained(tmp_path) == processor(112)
+
+
+def test_null_in_all_fields_at_once(tmp_path):
+    unknown = dict.fromkeys(("do_pad", "pad_size", "data_format", "device", "return_tensors"))  # as transformers 4.57 writes them
+    steps = {name: None for name in CONFIG if name not in ("size", "crop_size", "image_mean", "image_std")}
+    sizes = {"size": {"shortest_edge": 112, "height": None}, "crop_size": {"height": 112, "width": 112, "longest_edge": None}}
+    write(tmp_path, {"image_processor": None, "processor_class": "LlavaProcessor"}, "processor_config.json")
+    write(tmp_path, CONFIG | unknown | steps | sizes)
     assert ImageProcessor.from_pretrained(tmp_path) == processor(112)
 
 

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from chat import Chat
 from llava import Llava
+from tokenizer import STYLES
 from weights import checkpoint, memory
 from weights.checkpoint import our_name
-from weights.config import LlavaConfig
+from weights.config import LLAVA, TEXT, VISION, LlavaConfig
 from weights.load import outline
 
 TOKENIZER = Path(__file__).parent / "fixtures" / "tokenizer"
@@ -242,7 +243,99 @@ def test_what_only_the_other_family_knows_is_left_aside(folder):
     assert LlavaConfig.from_pretrained(folder).projector_bias
 
 
+@pytest.mark.parametrize(
+    "place, table", [("config", LLAVA), ("text", TEXT), ("vision", VISION), ("generation", ["eos_token_id", "pad_token_id"])]
+)
+def test_null_is_as_if_the_field_were_not_there(folder, place, table):
+    def said(name, null):
+        raw, generation = json.loads(json.dumps(CONFIG)), {"eos_token_id": 3}
+        part = {"config": raw, "text": raw["text_config"], "vision": raw["vision_config"], "generation": generation}[place]
+        part.pop(name, None)
+        if null:
+            part[name] = None
+        (folder / "config.json").write_text(json.dumps(raw))
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+        try:
+            return LlavaConfig.from_pretrained(folder)
+        except ValueError as error:  # a default that does not go with the other fields
+            return str(error)
+
+    for name in table:
+        if name != "model_type" or place != "config":  # without it nothing is a LLaVA
+            assert said(name, null=True) == said(name, null=False), name
+
+
+def test_a_window_that_is_null_is_none(folder):
+    text(model_type="mistral", sliding_window=None)(folder)
+    assert LlavaConfig.from_pretrained(folder).text.sliding_window is None
+    edit_json("config.json", lambda raw: raw["text_config"].pop("sliding_window"))(folder)
+    assert LlavaConfig.from_pretrained(folder).text.sliding_window == 4096
+
+
+def test_json_with_nulls_in_an_index_and_a_byte_order_mark(folder):
+    single = Llava.from_pretrained(folder).state_dict()
+    shard(folder)
+    edit_json(INDEX, lambda raw: raw.update({"metadata": None, "more": {"a": None}}))(folder)
+    content(lambda data: b"\xef\xbb\xbf" + data, "config.json")(folder)
+    assert Llava.from_pretrained(folder).state_dict().keys() == single.keys()
+
+
+def test_a_list_is_read_where_one_is_expected(tmp_path):
+    (tmp_path / "records.json").write_text('[{"image": null, "id": 1}, null]')
+    assert checkpoint.read_json(tmp_path / "records.json", list) == [{"id": 1}, None]
+    with pytest.raises(ValueError, match="records.json holds a list; expected a JSON object"):
+        checkpoint.read_json(tmp_path / "records.json")
+    (tmp_path / "records.json").write_text("{}")
+    with pytest.raises(ValueError, match="records.json holds a dict; expected a JSON list"):
+        checkpoint.read_json(tmp_path / "records.json", list)
+
+
+def test_what_is_added_to_a_config_leaves_its_nulls(folder, tmp_path):
+    text(sliding_window=None)(folder)
+    config(bos_token_id=None)(folder)
+    checkpoint.write_checkpoint({"a": torch.ones(1)}, folder, tmp_path / "out", "x.safetensors", {"more": 1})
+    assert json.loads((tmp_path / "out/config.json").read_text()) == json.loads((folder / "config.json").read_text()) | {"more": 1}
+
+
+def test_a_chat_style_may_be_named(folder):
+    for style in STYLES:
+        config(chat_style=style)(folder)
+        assert LlavaConfig.from_pretrained(folder).style == style
+
+
 # What does not load
+
+
+def locked(name):
+    """Make a file one that may not be read, even by root: a stand-in for the system's answer."""
+
+    def change(folder, monkeypatch):
+        def allowed(function):
+            def refused(path, *args, **kwargs):
+                if Path(path).name == name:
+                    raise PermissionError(13, "Permission denied", str(path))
+                return function(path, *args, **kwargs)
+
+            return refused
+
+        monkeypatch.setattr(checkpoint, "open", allowed(open), raising=False)
+        monkeypatch.setattr(Path, "read_text", allowed(Path.read_text))
+
+    return change
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4991226240\n"
+
+
+def looped(path):
+    path.unlink(missing_ok=True)
+    path.symlink_to(path)
+
+
+def dangling(path):
+    path.unlink()
+    path.symlink_to("nowhere")
+
 
 MISSING, WRONG = FileNotFoundError, ValueError
 BROKEN = [
@@ -259,12 +352,13 @@ BROKEN = [
     (content(lambda data: b"[]", "config.json"), WRONG, ["config.json", "list", "expected a JSON object"]),
     (content(lambda data: b"null", "config.json"), WRONG, ["config.json", "expected a JSON object"]),
     (lambda folder: (folder / "generation_config.json").write_text("{"), WRONG, ["generation_config.json", "not va"]),
+    (lambda folder: (folder / "config.json").write_text(POINTER), WRONG, ["config.json is a Git LFS pointer", "git lfs pull"]),
+    (lambda folder: looped(folder / "config.json"), OSError, ["config.json", "symbolic links"]),
+    (lambda folder: looped(folder / "generation_config.json"), OSError, ["generation_config.json", "symbolic links"]),
     # what the model is
+    (config(chat_style="vicuna"), WRONG, ["chat_style 'vicuna'", "'v1'"]),
     (config(mm_vision_tower="openai/clip-vit-large-patch14-336"), WRONG, ["original authors' layout", "llava-hf/"]),
-    *[
-        (config(projector_layernorm_eps=eps), WRONG, ["projector_layernorm_eps"])
-        for eps in ("1e-5", [1], -1, True, None, float("nan"), 10**400)
-    ],
+    *[(config(projector_layernorm_eps=eps), WRONG, ["projector_layernorm_eps"]) for eps in ("1e-5", [1], -1, True, float("nan"), 10**400)],
     (edit_json("config.json", lambda raw: raw.pop("model_type")), WRONG, ["model_type None", "'llava' or 'vipllava'"]),
     (config(model_type="llava_next"), WRONG, ["model_type 'llava_next'", "'llava' or 'vipllava'"]),
     (config(model_type=["llava"]), WRONG, ["model_type ['llava']"]),
@@ -310,6 +404,22 @@ BROKEN = [
     (weights(lambda t: t.update({"lm_head.weight": t[HEAD].clone()})), WRONG, ["lm_head.weight", "second time"]),
     (weights(lambda t: t.clear()), WRONG, ["missing"]),
     # weight files
+    (lambda folder: (folder / "model.safetensors").write_text(POINTER), WRONG, ["model.safetensors is a Git LFS pointer", "git lfs pull"]),
+    (sharded(lambda folder: (folder / SHARDS[1]).write_text(POINTER)), WRONG, [SHARDS[1] + " is a Git LFS pointer"]),
+    (lambda folder: looped(folder / "model.safetensors"), OSError, ["model.safetensors", "symbolic links"]),
+    (sharded(lambda folder: looped(folder / SHARDS[1])), OSError, [SHARDS[1], "symbolic links"]),
+    (sharded(lambda folder: dangling(folder / SHARDS[1])), MISSING, [SHARDS[1] + " is a link to nowhere", "fetch"]),
+    (sharded(lambda folder: looped(folder / INDEX)), OSError, [INDEX, "symbolic links"]),
+    (lambda folder: (removed("model.safetensors")(folder), (folder / "model.safetensors").mkdir()), OSError, ["cannot be read: Is a dir"]),
+    *[
+        (
+            lambda folder, name=name: (folder / "model.safetensors").rename(folder / name),
+            MISSING,
+            ["no model.safetensors", name, "save_pretrained", "convert.py"],
+        )
+        for name in ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "llava.gguf")
+    ],
+    (lambda folder: (removed("model.safetensors")(folder), (folder / "adapter_config.json").touch()), MISSING, ["--adapter"]),
     *[(content(lambda data, n=n: data[:n]), WRONG, ["damaged or cut short"]) for n in (0, 4, 8, 60, 20000, -1)],
     (content(lambda data: data + b"more"), WRONG, ["damaged or cut short"]),
     (content(lambda data: b"PK\x03\x04 a pickle, perhaps" * 9), WRONG, ["damaged or cut short"]),
@@ -343,6 +453,32 @@ def test_broken_checkpoint(folder, damage, kind, words):
     check_message(error, kind, words, folder)
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors", INDEX, SHARDS[2]])
+def test_what_may_not_be_read(folder, name, monkeypatch):
+    (folder / "generation_config.json").write_text("{}")
+    if name in (INDEX, SHARDS[2]):
+        shard(folder)
+    locked(name)(folder, monkeypatch)
+    with pytest.raises(PermissionError) as error:
+        Llava.from_pretrained(folder)
+    check_message(error, PermissionError, [name, "permission denied", "ask its owner"], folder)
+
+
+def test_a_disk_without_mmap(folder, monkeypatch):
+    def no_device(*_):
+        raise OSError("No such device (os error 19)")
+
+    monkeypatch.setattr(checkpoint, "safe_open", no_device)
+    with pytest.raises(OSError) as error:
+        Llava.from_pretrained(folder)
+    check_message(error, OSError, ["model.safetensors", "cannot be mapped", "os error 19", "local disk"], folder)
+
+
+def test_a_file_in_the_folders_place(folder):
+    with pytest.raises(ValueError, match="config.json is a file; give the folder"):
+        Llava.from_pretrained(folder / "config.json")
+
+
 def check_message(error, kind, words, folder):
     message = str(error.value)
     assert error.type is kind and "\n" not in message  # no subclass: a JSON or Unicode error knows no file name
@@ -352,25 +488,25 @@ def check_message(error, kind, words, folder):
 
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 ODD_VALUES = [  # (the part of config.json or None, field, values that make no sense there)
-    *[("text_config", name, ("16", -16, None, 10**10)) for name in (*SIZES, "vocab_size", "max_position_embeddings")],
+    *[("text_config", name, ("16", -16, 10**10)) for name in (*SIZES, "vocab_size", "max_position_embeddings")],
     *[("vision_config", name, ("16", 0, [16], 10**10)) for name in (*SIZES, "image_size", "patch_size", "num_channels")],
     ("text_config", "num_key_value_heads", ("2", -2)),
     ("text_config", "head_dim", ("4", -4, 5)),  # RoPE turns pairs of dimensions
-    ("text_config", "rms_norm_eps", ("1e-5", -1e-5, None)),
-    ("text_config", "rope_theta", ("1e4", 0, None, float("inf"), float("nan"))),
+    ("text_config", "rms_norm_eps", ("1e-5", -1e-5)),
+    ("text_config", "rope_theta", ("1e4", 0, float("inf"), float("nan"))),
     ("text_config", "rope_scaling", ("linear", [2.0])),
     ("text_config", "rope_parameters", ("default", [1e4])),
     ("vision_config", "patch_size", (29,)),  # larger than the picture
-    ("vision_config", "layer_norm_eps", ("1e-5", None)),
+    ("vision_config", "layer_norm_eps", ("1e-5",)),
     (None, "text_config", ("llama", ["llama"])),
     (None, "vision_config", ("clip", ["clip"])),
-    (None, "vision_feature_layer", ("-2", 1.5, None, [], [-2, "x"], [-2, 99], {"a": 1})),
-    (None, "vision_feature_select_strategy", (3, None, ["default"])),
-    (None, "image_token_index", ("512", 1.5, None, -1)),
+    (None, "vision_feature_layer", ("-2", 1.5, [], [-2, "x"], [-2, 99], {"a": 1})),
+    (None, "vision_feature_select_strategy", (3, ["default"])),
+    (None, "image_token_index", ("512", 1.5, -1)),
     (None, "eos_token_id", ("2", 1.5, [2, "x"])),
     (None, "pad_token_id", ("2", 1.5, [2])),
     (None, "tie_word_embeddings", ("yes", 3)),
-    (None, "multimodal_projector_bias", ("yes", None)),
+    (None, "multimodal_projector_bias", ("yes",)),
 ]
 
 
@@ -414,7 +550,7 @@ def hub(monkeypatch, tmp_path):
 def test_a_hub_name_is_fetched(hub, good):
     hub.answer = good
     assert Llava.from_pretrained("someone/some-llava").dtype == torch.float32
-    assert hub.asked == ("someone/some-llava", ["*.json", "*.model", "*.safetensors"])
+    assert hub.asked == ("someone/some-llava", ["*.json", "*.jinja", "*.model", "*.safetensors"])
     assert Chat.from_pretrained("someone/some-llava").tokenizer.image_id == 512
 
 
@@ -423,7 +559,7 @@ def test_a_hub_name_that_cannot_be_fetched(hub, error):
     hub.answer = error
     with pytest.raises(FileNotFoundError) as raised:
         Llava.from_pretrained("someone/some-llava")
-    words = ["someone/some-llava", "could not be fetched", str(error).split("\n")[0] or "RuntimeError"]
+    words = ["someone/some-llava: no such folder", "could not be fetched", str(error).split("\n")[0] or "RuntimeError"]
     check_message(raised, FileNotFoundError, words, "nowhere")
 
 

@@ -40,7 +40,21 @@ NAMED = [
     for span in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"```.*?```", "", text, flags=re.S))
 ]
 BLOCKS = [(page, kind, block) for page, text in PAGES.items() for kind, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S)]
-ENDINGS = (".py", ".md", ".json", ".jsonl", ".js", ".html", ".png", ".ipynb", ".sh", ".model", ".safetensors")  # a file, not a function
+ENDINGS = (
+    ".py",
+    ".md",
+    ".json",
+    ".jsonl",
+    ".js",
+    ".html",
+    ".png",
+    ".ipynb",
+    ".sh",
+    ".model",
+    ".safetensors",
+    ".zip",
+    ".tsv",
+)  # a file, not a function
 OUTPUTS = [
     (command, output)
     for _, kind, block in BLOCKS
@@ -217,7 +231,9 @@ def test_commands_exist(page):
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_options_that_are_spoken_of_exist(page):
     spoken = [word for where, span in NAMED if where == page and span.startswith("--") for word in span.split() if word.startswith("--")]
-    helps = "".join(map(help_of, ("sample.py", "train.py", "convert.py", "-m bench", "-m lessons.page"))) + " --nproc-per-node "
+    helps = (
+        "".join(map(help_of, ("sample.py", "train.py", "evaluate.py", "convert.py", "-m bench", "-m lessons.page"))) + " --nproc-per-node "
+    )
     for option in spoken:
         assert re.search(rf"(?<![\w-]){option}(?![\w-])", helps), option
 

@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -364,12 +365,15 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_and_status_2(mistake):
+def test_a_mistake_is_one_line_and_status_2(mistake, monkeypatch):
     arguments, words = MISTAKES[mistake]
-    status, out, err = sample(*arguments)
+    if all(isinstance(argument, str) for argument in arguments):
+        status, out, err = here(monkeypatch, *arguments)
+    else:
+        status, out, err = sample(*arguments)
     messages = [line for line in err.splitlines() if line.startswith("sample.py: ")]
     assert (status, out, len(messages)) == (2, "", 1), err
-    assert words in messages[0]
+    assert words in messages[0] and "Traceback" not in err
     assert len(err.splitlines()) <= 2  # what was loaded, and the mistake
 
 
@@ -465,3 +469,17 @@ def test_an_unknown_error_is_not_hidden():
     with pytest.raises(RuntimeError, match="something else"):
         module.advice(RuntimeError("something else"))
     assert "gcc" in module.advice(RuntimeError("Failed to find C compiler. Please specify via CC environment variable"))
+
+
+@pytest.mark.parametrize(
+    "template, told",
+    [
+        ("{{ message['role'].upper() + ': ' }}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}", False),
+        ("<|im_start|>{{ message['role'] }}", True),
+    ],
+)
+def test_a_chat_template_of_another_format_is_spoken_of(tmp_path, template, told):
+    folder = shutil.copytree("tiny/llava", tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(template)
+    status, out, err = sample("--model", str(folder), "--image", "tiny/example.png", "How many things are there?")
+    assert (status, out) == (0, "Four.\n") and ("chat_template.jinja" in err) == told and err.count("chat_template.jinja") <= 1

@@ -11,19 +11,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import generate
 import llama
 from hardware import gpu, step
-from hardware.cpu import PaddedLinear
-from hardware.step import compiled, fastest, one_behind
-from llama import KVCache, attention
+from hardware.step import compiled, one_behind
+from llama import KVCache
 from llava import Llava
 from tests.compare import FAMILIES, FIXTURES, load
 from tests.test_generate import generated, prompt
-from weights.load import one_query_apart, suit
+from weights.load import suit
 
 ALL = dict(temperature=0.0, top_k=None, top_p=None)
 COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
@@ -293,7 +291,7 @@ def test_the_two_forms_of_rms_norm_are_the_same():
 def test_cudnn_attention_is_off_on_a_gpu(monkeypatch):
     from weights import load as loading
 
-    monkeypatch.setattr(loading, "fill", lambda model, *arguments, copy: None)
+    monkeypatch.setattr(loading, "fill", lambda model, *arguments, copy, keep: None)
     torch.backends.cuda.enable_cudnn_sdp(True)
     load("llava")
     assert torch.backends.cuda.cudnn_sdp_enabled()
@@ -307,85 +305,6 @@ def test_the_first_token_comes_at_once_and_the_others_one_step_behind():
     asked = []
     items = one_behind(asked.append(n) or n for n in range(4))
     assert [(item, len(asked)) for item in items] == [(0, 1), (1, 3), (2, 4), (3, 4)]
-
-
-class Watch(TorchFunctionMode):
-    """Notes which of the two functions are called, whether oneDNN may be used by then, and linear layers' numbers of rows."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls, self.rows = [], []
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in (F.linear, F.scaled_dot_product_attention):
-            self.calls.append((function, torch.backends.mkldnn.enabled))
-        if function is F.linear:
-            self.rows.append(args[0].shape[:-1].numel())
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("rows, dtype", [(1, torch.bfloat16), (2, torch.bfloat16), (1, torch.float32)])
-def test_bfloat16_on_a_cpu_takes_other_kernels(rows, dtype):
-    model, reference = load("llava", dtype)
-    with Watch() as watch:
-        steps = model.generate(reference["text_ids"].repeat(rows, 1), max_new_tokens=2, eos_ids=())
-        next(steps)
-        watch.calls.clear()
-        next(steps)
-    linear = [enabled for function, enabled in watch.calls if function is F.linear]
-    fused = [function for function, _ in watch.calls if function is not F.linear]
-    layers = model.config.text.num_hidden_layers
-    assert linear == [not (rows == 1 and dtype == torch.bfloat16)] * (7 * layers + 1) and torch.backends.mkldnn.enabled
-    assert len(fused) == (layers if dtype == torch.float32 else 0)
-
-
-def test_a_compiled_step_does_without_onednn_too():
-    model, reference = load("llava", torch.bfloat16)
-    seen = []
-
-    def backend(graph, _):
-        return lambda *inputs: seen.append(torch.backends.mkldnn.enabled) or graph(*inputs)
-
-    with torch.no_grad():
-        eager = generated(model, dict(input_ids=reference["text_ids"]), max_new_tokens=3, eos_ids=())
-        model.decode_step = torch.compile(model.decode_step, fullgraph=True, dynamic=False, backend=backend)
-        assert torch.equal(generated(model, dict(input_ids=reference["text_ids"]), max_new_tokens=3, eos_ids=()), eager)
-    assert seen == [False, False]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_rows_of_a_prompt_are_filled_up_in_bfloat16(dtype):
-    model, reference = load("llava", dtype)
-    inputs = prompt(reference) | {"pixel_values": reference["pixel_values"].to(dtype)}
-    with Watch() as watch:
-        next(model.generate(**inputs))
-    rows = {3 * (model.config.vision.num_patches + 1), inputs["input_ids"].numel()}  # of the vision tower and of the text
-    assert rows < set(watch.rows) if dtype == torch.float32 else {n for n in watch.rows if n % 8} == {3}  # the head's
-
-
-def test_filled_up_rows_compute_the_same():
-    x, w, b = (torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16() for shape in ((2, 11, 64), (48, 64), (48,)))
-    layer = torch.nn.Linear(64, 48, device="meta")
-    layer.weight, layer.bias = torch.nn.Parameter(w), torch.nn.Parameter(b)
-    torch.testing.assert_close(PaddedLinear(layer)(x), x @ w.T + b, rtol=0.02, atol=0.02)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("rows", [1, 3])
-def test_the_other_kernels_compute_the_same(family, rows):
-    model, reference = load(family, torch.bfloat16)
-    mask = reference["attention_mask"][:rows].bool()
-    token, alive = torch.arange(5, 5 + rows), torch.ones(rows, dtype=torch.bool)
-    logits = []
-    for fast in (False, True):
-        cache = KVCache(model.config.text, rows, mask.shape[1] + 5, dtype=torch.bfloat16)
-        with torch.no_grad():
-            model(inputs_embeds=model.language_model.embed(reference["input_ids"][:rows]), attention_mask=mask, cache=cache)
-            for block in model.language_model.layers:
-                block.self_attn.attend = one_query_apart if fast else attention
-            run = fastest(model.decode_step, model, cache) if fast else partial(model.decode_step, cache=cache)
-            logits.append(run(token, alive))
-    assert 0 < (logits[0] - logits[1]).abs().max() < 0.02 * logits[0].abs().max()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.make_tokenizer import random_ids, random_text
 from tokenizer import SPECIAL_LITERALS, Tokenizer, chat_prompt, expand_images, stop_at
 
 FOLDER = Path(__file__).parent / "fixtures" / "tokenizer"
@@ -44,8 +45,14 @@ def test_encode_equals_transformers():
 
 
 def test_decode_equals_transformers():
-    wrong = [(ids, text, TOKENIZER.decode(ids)) for ids, text in GOLDEN["decode"] if TOKENIZER.decode(ids) != text]
-    assert len(GOLDEN["decode"]) == 250 and not wrong
+    # It drops ids that no token has; ours shows them.
+    known = [([i for i in ids if i <= PAD], text) for ids, text in GOLDEN["decode"]]
+    assert len(known) == 250 and [(ids, text) for ids, text in known if TOKENIZER.decode(ids) != text] == []
+
+
+def test_ids_that_no_token_has_are_shown():
+    the = MODEL.piece_to_id("▁the")
+    assert TOKENIZER.decode([the, 600, *byte_ids("é".encode()), PAD + 1]) == "the<|id 600|>é<|id 514|>"
 
 
 def test_ids_of_the_specials():
@@ -193,6 +200,10 @@ VIP = (
     "A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions.###Human: "
 )
+V1 = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+)
 PROMPTS = [
     ("llava", ONE, "USER: <image>\nHi ASSISTANT:"),
     ("llava", [user("Hi", 3)], "USER: <image>\n<image>\n<image>\nHi ASSISTANT:"),
@@ -205,6 +216,8 @@ PROMPTS = [
     ("bakllava", SEVERAL[:4], "USER: <image>\nHi\nASSISTANT: Yes.</s>USER: Why?\nASSISTANT: So.</s>"),
     ("bakllava", SEVERAL[2:], "USER: Why?\nASSISTANT: So.</s>USER: <image>\nAnd?\nASSISTANT:"),
     ("bakllava", OWN + ONE, "Be brief. USER: <image>\nHi\nASSISTANT:"),
+    ("v1", ONE, V1 + "USER: <image>\nHi ASSISTANT:"),
+    ("v1", SEVERAL[:4], V1 + "USER: <image>\nHi ASSISTANT: Yes.</s>USER: Why? ASSISTANT: So.</s>"),
     ("vip", ONE, VIP + "<image>\nHi###Assistant:"),
     ("vip", [user("Hi", 2)], VIP + "<image>\n<image>\nHi###Assistant:"),
     ("vip", SEVERAL[:4], VIP + "<image>\nHi###Assistant: Yes.###Human: Why?###Assistant: So.###"),
@@ -260,7 +273,7 @@ def test_turn_marks_are_refused_in_what_is_asked_but_not_in_answers(style, mark)
         ([user("Hi"), OWN[0]], "vip", ["message 2", "'system'"]),
         ([*OWN, *OWN, user("Hi")], "vip", ["'system'", "expected 'user'"]),
         ([{"role": "tool", "content": "x"}], "llava", ["'tool'"]),
-        (ONE, "vicuna", ["'vicuna'", "llava, bakllava, vip"]),
+        (ONE, "vicuna", ["'vicuna'", "llava, bakllava, vip, v1"]),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "llava", ["'image_url'", "'text' or 'image'"]),
         ([user("Hi"), {"role": "assistant", "content": [{"type": "image"}]}], "llava", ["assistant", "picture"]),
         ([{"role": "system", "content": [{"type": "image"}]}, user("Hi")], "vip", ["system", "picture"]),
@@ -289,7 +302,7 @@ def test_either_file_gives_the_added_tokens(folder, name):
 
 def test_no_tokenizer_model(tmp_path):
     for folder in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(FileNotFoundError, match="tokenizer.model"):
+        with pytest.raises(FileNotFoundError, match="no tokenizer.model .* nor a tokenizer.json"):
             Tokenizer.from_pretrained(folder)
 
 
@@ -325,7 +338,6 @@ def test_a_tokenizer_without_image_or_pad(folder):
         ("added_tokens.json", "{"),
         ("added_tokens.json", '["<image>"]'),
         ("added_tokens.json", '{"<image>": "512", "<pad>": 513}'),
-        ("added_tokens.json", '{"<image>": null, "<pad>": 513}'),
     ],
 )
 def test_damaged_added_tokens(folder, name, text):
@@ -339,6 +351,128 @@ def test_two_specials_with_one_id(folder):
     (folder / "added_tokens.json").write_text('{"<image>": 512, "<pad>": 512}')
     with pytest.raises(ValueError, match="two special tokens have one id"):
         Tokenizer.from_pretrained(folder)
+
+
+# tokenizer.json alone
+
+
+@pytest.mark.parametrize("source", [FOLDER, Path("tiny/llava"), Path("tiny/vip-llava")])
+def test_tokenizer_json_alone_is_the_same_tokenizer(source, tmp_path):
+    shutil.copyfile(source / "tokenizer.json", tmp_path / "tokenizer.json")
+    ours, alone = Tokenizer.from_pretrained(source), Tokenizer.from_pretrained(tmp_path)
+    assert alone.specials == ours.specials and len(alone.model) == len(ours.model)
+    source = random.Random(5)
+    for text in TEXTS + random_texts(500) + [random_text(source) for _ in range(500)]:
+        ids = ours.encode(text)
+        assert alone.encode(text) == ids and alone.decode(ids) == ours.decode(ids), text
+    for _ in range(500):
+        ids = random_ids(source, len(ours.model) + 10, ours.model.piece_to_id("▁"))
+        assert alone.decode(ids) == ours.decode(ids)
+
+
+def changed(folder, change):
+    raw = json.loads((FOLDER / "tokenizer.json").read_text())
+    change(raw)
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+
+
+def test_tokenizer_json_in_its_other_spellings(tmp_path):
+    def change(raw):
+        raw["model"]["merges"] = [" ".join(merge) for merge in raw["model"]["merges"]]  # as older files have them
+        raw["model"]["vocab"] |= {"<image>": 512, "<pad>": 513}  # as some conversions do
+        raw["model"].pop("ignore_merges")
+        raw["decoder"] = None
+
+    changed(tmp_path, change)
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    assert [(text, ids) for text, ids in GOLDEN["encode"] if tokenizer.encode(text) != ids] == []
+    assert tokenizer.decode([1, 512, *MODEL.encode("a cat"), 513]) == "a cat"
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda raw: raw.update(pre_tokenizer={"type": "ByteLevel"}), ["pre_tokenizer ByteLevel", "tokenizer.model"]),
+        (lambda raw: raw.update(normalizer=None), ["another kind"]),
+        (lambda raw: raw["model"].update(byte_fallback=False), ["byte_fallback False"]),
+        (lambda raw: raw["model"].update(type="Unigram"), ["Unigram"]),
+        (lambda raw: raw["model"].update(end_of_word_suffix="</w>"), ["another kind"]),
+        (lambda raw: raw["model"]["vocab"].pop("▁the"), ["ids of its vocabulary"]),
+        (lambda raw: raw.pop("model"), ["damaged", "model"]),
+        (lambda raw: raw["model"].update(merges=[["a"]]), ["tokenizer.json"]),
+        (lambda raw: raw["model"].update(vocab=["a"]), ["damaged"]),
+    ],
+)
+def test_a_tokenizer_json_of_another_kind_is_refused(change, words, tmp_path):
+    changed(tmp_path, change)
+    with pytest.raises(ValueError) as error:
+        Tokenizer.from_pretrained(tmp_path)
+    said = str(error.value)
+    assert all(word in said for word in ["tokenizer.json", *words]) and "\n" not in said, said
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json", "tokenizer_config.json"])
+def test_a_git_lfs_pointer(tmp_path, name):
+    for file in (name, "added_tokens.json"):
+        shutil.copyfile(FOLDER / file, tmp_path / file)
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 499723\n")
+    with pytest.raises(ValueError, match=f"{name}.*git lfs pull"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+# Added tokens
+
+
+def with_added(folder, **flags):
+    """A tokenizer with <loc_1> 514 and <loc_12> 515."""
+    shutil.copyfile(FOLDER / "tokenizer.model", folder / "tokenizer.model")
+    raw = json.loads((FOLDER / "tokenizer_config.json").read_text())
+    for i, text in ((514, "<loc_1>"), (515, "<loc_12>")):
+        raw["added_tokens_decoder"][str(i)] = {"content": text, "lstrip": False, "rstrip": None} | flags
+    (folder / "tokenizer_config.json").write_text(json.dumps(raw))
+    return Tokenizer.from_pretrained(folder)
+
+
+def test_added_tokens_that_are_not_special_are_kept_in_the_text(tmp_path):
+    tokenizer = with_added(tmp_path, special=False, normalized=True)
+    a, at = MODEL.encode("a"), MODEL.encode("at")
+    assert tokenizer.encode("at <loc_1> a<loc_12>") == [1, *at, 514, *MODEL.encode("a<loc_12>")]  # it has the space in front
+    assert tokenizer.encode("<loc_1>at")[:2] == [1, 514] and tokenizer.encode("<image><loc_12> a") == [1, IMAGE, 515, *a]
+    for text in ("at <loc_1> and <loc_12>.", "<loc_1>", "a\n<loc_1>", "a  <loc_1>  b"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    tokenizer = with_added(tmp_path, special=False, normalized=False)
+    assert tokenizer.encode("at<loc_12>") == [1, *at, 515] and tokenizer.decode([*at, 515]) == "at<loc_12>"
+    tokenizer = with_added(tmp_path, special=True)
+    assert tokenizer.decode([*at, 515]) == "at"
+
+
+def test_added_tokens_that_take_white_space_along(tmp_path):
+    a = MODEL.encode("a")
+    assert with_added(tmp_path, lstrip=True).encode("a \n<loc_1> a") == [1, *a, 514, *MODEL.encode(" a")]
+    assert with_added(tmp_path, rstrip=True).encode("a<loc_1> \u3000\n a") == [1, *a, 514, *a]
+
+
+@pytest.mark.parametrize("flags", [{"single_word": True}, {"normalized": True, "lstrip": True}, {"normalized": True, "rstrip": True}])
+def test_what_is_not_honoured_is_refused_by_name(flags, tmp_path):
+    with pytest.raises(ValueError, match="'<loc_1>' is (single_word|normalized with lstrip or rstrip)"):
+        with_added(tmp_path, **flags)
+
+
+def test_an_added_token_in_the_place_of_another(folder):
+    (folder / "added_tokens.json").write_text('{"<image>": 300, "<pad>": 513}')
+    with pytest.raises(ValueError, match="'<image>' has id 300, which is .* in the vocabulary"):
+        Tokenizer.from_pretrained(folder)
+
+
+def test_null_is_as_if_the_field_were_not_there(folder):
+    raw = json.loads((FOLDER / "tokenizer_config.json").read_text())
+    for token in raw["added_tokens_decoder"].values():
+        token |= {"normalized": None, "lstrip": None, "special": None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(raw | {"chat_template": None}))
+    assert Tokenizer.from_pretrained(folder).specials == TOKENIZER.specials
+    (folder / "tokenizer_config.json").write_text('{"added_tokens_decoder": null}')
+    shutil.copyfile(FOLDER / "added_tokens.json", folder / "added_tokens.json")
+    assert Tokenizer.from_pretrained(folder).specials == TOKENIZER.specials
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -12,6 +12,7 @@ import sys
 import time
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from importlib.util import find_spec
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from shutil import copytree
@@ -26,6 +27,7 @@ import train
 from hardware.processes import Alone, Interrupts
 from images import ImageProcessor
 from inputs import IGNORED
+from lessons import curve
 from llava import Llava
 from tiny.world import write
 from tokenizer import Tokenizer, chat_prompt
@@ -738,10 +740,11 @@ def test_a_system_sentence_of_ones_own():
 
 def test_the_format_is_an_option(monkeypatch, data, tmp_path):
     """What the run has encoded is what its options say."""
-    tokenizer = Tokenizer.from_pretrained(TINY)
+    tokenizer, described = Tokenizer.from_pretrained(TINY), tmp_path / "align.json"
+    described.write_text(json.dumps(json.loads((data / "align.json").read_text()) * 4))
     for name, options, begins in (
         ("style", ("--style", "bakllava", "--system", "Be short."), "Be short. USER: "),
-        ("plain", ("--stage", "1", "--format", "plain", "--data", f"{data}/align.json"), ""),
+        ("plain", ("--stage", "1", "--format", "plain", "--data", str(described)), ""),
     ):
         with killed_run(monkeypatch) as patch:
             run(patch, data, tmp_path / name, "--save-every", "1e-9", *options)
@@ -810,3 +813,26 @@ def test_a_checkpoint_every_so_many_steps(options, name, monkeypatch, data, tmp_
 def test_options_that_contradict_each_other(options, message, monkeypatch, data, tmp_path):
     with pytest.raises(SystemExit, match=message):
         run(monkeypatch, data, tmp_path / "out", *options)
+
+
+def test_the_curve_of_a_run(monkeypatch, data, tmp_path, capsys):
+    """As a picture, and the held-out losses in it; without matplotlib one line says what to install."""
+    file = tmp_path / "out.losses.jsonl"
+    lines = [{"step": step, "loss": 1 / step, "lr": 1e-3} for step in range(1, 200)]
+    file.write_text("\n".join(json.dumps(line) for line in [*lines, {"step": 199, "held_out": {"a.json": 0.5}}]))
+    steps, losses, held_out = curve.read(file)
+    assert steps == [*range(1, 200)] and losses[0] == 1 and held_out == {"a.json": [(199, 0.5)]}
+    assert curve.smooth([1.0] * 50) == pytest.approx([1.0] * 50) and curve.smooth([0.0] * 9 + [1.0])[-1] < 0.2
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        patch.setattr(sys, "argv", ["curve", str(file)])
+        with pytest.raises(SystemExit, match="pip install matplotlib"):
+            curve.main()
+    if find_spec("matplotlib"):
+        monkeypatch.setattr(sys, "argv", ["curve", str(file), "--out", str(tmp_path / "curve.png")])
+        curve.main()
+        assert Image.open(tmp_path / "curve.png").width > 500
+    for content in ("", "[]", "no JSON"):
+        file.write_text(content)
+        with pytest.raises(ValueError, match="out.losses.jsonl"):
+            curve.read(file)

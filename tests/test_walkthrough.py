@@ -10,6 +10,14 @@ import pytest
 import torch
 
 from lessons.exercises.__main__ import EXERCISES
+from lessons.figures import (
+    words_of_bars,
+    words_of_lines,
+    words_of_pages,
+    words_of_panels,
+    words_of_slots,
+    words_of_strip,
+)
 from lessons.pointing import RECORD, WAYS, games, occlusion, pointed, shares, shuffle
 from lessons.run_notebook import NOTEBOOK, close, differences, main, output_of
 
@@ -30,6 +38,33 @@ def test_it_is_stored_as_it_ran_from_top_to_bottom():
     assert not any(output["output_type"] == "error" or output.get("name") == "stderr" for cell in CODE for output in cell["outputs"])
     assert sum(output_of(cell)[1] for cell in CODE) >= 18
     assert NOTEBOOK.stat().st_size < 2.5e6
+
+
+def test_each_figure_has_its_words_for_those_who_cannot_see_it():
+    shown = [output for cell in CODE for output in cell["outputs"] if "image/png" in output.get("data", {})]
+    words = [output["metadata"].get("image/png", {}).get("alt", "") for output in shown]
+    assert len(words) >= 18 and all(len(text) > 60 for text in words), words
+    calls = re.compile(r'(?m)^(?:panels|bars|lines|slots|strip).*"([^"]{15,})"')
+    titles = [title for cell in CODE for title in calls.findall("".join(cell["source"]))]
+    assert len(titles) >= 8 and all(any(title in text for text in words) for title in titles), titles
+    assert all("".join(output["data"]["text/plain"]) == text for output, text in zip(shown, words))
+
+
+def test_figures_in_words():
+    heat = torch.tensor([[0.0, 1.0], [0.0, 0.5]])
+    assert words_of_panels([heat, object()], ["heat", "a\npicture"]) == "heat, brightest in row 1, column 2; a picture"
+    assert words_of_pages([[["a", "b"], ["c", "d"]]], ["page"]) == "page: row 1: a b; row 2: c d"
+    legend = {"blue": "word", "red": "patch"}
+    said = words_of_strip(["blue", "blue", "red"], ["Is", "it", ""], [0, 1, 9], legend)
+    assert said == "positions 0 to 1, word: Is it; positions 9 to 9, patch"
+    assert words_of_slots([("prefill", [["pad", ("Is", 0), None]])]) == "prefill, row 1: pad, Is at 0, free"
+    assert words_of_bars({"chart": {"red": 0.75, "blue": 0.25}}) == "chart: red 75 %, blue 25 %"
+    assert words_of_lines({"loss": [4.0, 1.0, 2.0]}) == "loss: from 4 to 2 in 3 points, lowest 1, highest 4"
+
+
+def test_the_teachers_table_names_sections_and_the_text_counts_from_1():
+    assert "| sections |" in TEXT.split("### For the teacher")[1][:40] and "| cells |" not in TEXT
+    assert not re.search(r"row 0|column 0", TEXT)
 
 
 def test_it_holds_no_private_name_and_no_path_of_a_machine():

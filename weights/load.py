@@ -4,14 +4,17 @@
 """
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn as nn
 
 from hardware import cpu, gpu
+from hardware.device import SMALL
 from llama import RMSNorm, attention
 from weights.checkpoint import checkpoint_folder, fill, read_headers
 from weights.config import VIP_LAYERS, LlavaConfig
+from weights.memory import weight_bytes
 from weights.quantize import FILE, QuantizedLinear, put_quantized, quantizers
 
 
@@ -28,7 +31,8 @@ def load(cls, folder_or_hub_name, device, dtype, quantize, mapped):
         stored.pop("language_model.lm_head.weight", None)
     model = outline(cls, config, config.quantized)
     makers = quantizers(model, quantize) if quantize else {}
-    fill(model, stored, device, dtype, makers, copy=not mapped and torch.device(device).type == "cpu")
+    keep = kept(model, stored, device, dtype)
+    fill(model, stored, device, dtype, makers, copy=not mapped and torch.device(device).type == "cpu", keep=keep)
     if tied:
         tie_head(model.language_model, makers.get("language_model.lm_head.weight"))
     for layer in model.modules():
@@ -36,6 +40,25 @@ def load(cls, folder_or_hub_name, device, dtype, quantize, mapped):
             layer.settle()
     suit(model)
     return model.eval()
+
+
+def kept(model, stored, device, dtype):
+    """Names of the linear layers' weights that stay in the 16 bits in which they are stored, though the model computes in float32: on
+    a CPU with kernels that make float32 of them as they read them. The numbers are the same, in half the bytes."""
+    if dtype != torch.float32 or not has_kernels(model, device):
+        return set()
+    names = {f"{name}.weight" for name, layer in model.named_modules() if type(layer) is nn.Linear}
+    return {name for name in names if name in stored and stored[name].kind in ("F16", "BF16")}
+
+
+def loaded_bytes(cls, folder, config, device, dtype, scheme=None):
+    """What the weights of the checkpoint in a folder will take on the device."""
+    model = outline(cls, config, scheme)
+    weights = weight_bytes(model, dtype)
+    if dtype == torch.float32 and not config.quantized and has_kernels(model, device):
+        for name in kept(model, read_headers(folder), device, dtype):
+            weights -= 2 * model.get_parameter(name).numel()  # of 4 bytes 2 are stored
+    return weights
 
 
 def outline(cls, config, scheme=None):
@@ -57,7 +80,7 @@ def as_stored(config, stored):
     # ViP-7B's published config says `vision_feature_layer: -2`, but its projector has the width of five layers.
     projector = stored.get("projector.linear_1.weight")
     five = projector is not None and projector.shape[-1:] == (len(VIP_LAYERS) * config.vision.hidden_size,)
-    if config.style == "vip" and len(config.vision_layers) == 1 and five:
+    if config.projector_layernorm_eps is not None and len(config.vision_layers) == 1 and five:
         config = replace(config, vision_layers=list(VIP_LAYERS))
     # A tied checkpoint may store its head too; it is tied only if the two are equal, as in transformers.
     head, embeddings = (stored.get(f"language_model.{name}.weight") for name in ("lm_head", "embed_tokens"))
@@ -79,13 +102,9 @@ def tie_head(language_model, quantizer=None):
 def suit(model):
     """Put what is faster on the model's device in the places of the plain forms, once, so that no layer asks at each step."""
     device, dtype, blocks = model.device, model.dtype, model.language_model.layers
-    if device.type == "cpu" and dtype == torch.bfloat16:
-        for name, layer in list(model.named_modules()):
-            if type(layer) is nn.Linear:
-                model.set_submodule(name, cpu.PaddedLinear(layer))
-        for block in blocks:
-            block.self_attn.attend = one_query_apart
-    if device.type != "cpu":
+    if device.type == "cpu":
+        suit_cpu(model, has_kernels(model, device))
+    else:
         for name, layer in list(model.named_modules()):
             if isinstance(layer, RMSNorm):
                 model.set_submodule(name, gpu.fused_norm(layer))
@@ -96,9 +115,30 @@ def suit(model):
                 block.self_attn.attend = own_heads
 
 
-def one_query_apart(q, k, v, mask):
+def has_kernels(model, device):
+    """Whether the CPU's kernels for one row are there, and the model is large enough to gain by them."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return torch.device(device).type == "cpu" and parameters >= SMALL and cpu.has_kernels()
+
+
+def suit_cpu(model, kernels):
+    """Layers and attention for a CPU. kernels: with numba's; otherwise with what PyTorch has for bfloat16."""
+    one_row = cpu.row_times_16_bits if kernels else cpu.row_by_pytorch
+    kinds = (torch.bfloat16, torch.float16) if kernels else (torch.bfloat16,)
+    for name, layer in list(model.named_modules()):
+        if type(layer) is nn.Linear and layer.weight.dtype in kinds:
+            model.set_submodule(name, cpu.SixteenBitLinear(layer, one_row))
+        if kernels and isinstance(layer, QuantizedLinear) and layer.weight.dtype == torch.int8:  # in 4 bits PyTorch's own is as fast
+            layer.one_row = cpu.row_times_8_bits
+    if kernels or model.dtype == torch.bfloat16:
+        attend = cpu.attention_of_one if kernels else cpu.attention_in_two_products
+        for block in model.language_model.layers:
+            block.self_attn.attend = partial(one_query_apart, attend)
+
+
+def one_query_apart(attend, q, k, v, mask):
     """`attention`, where a single query a row goes to a form of its own."""
-    return cpu.attention_of_one(q, k, v, mask) if q.shape[2] == 1 and mask is not None else attention(q, k, v, mask)
+    return attend(q, k, v, mask) if q.shape[2] == 1 and mask is not None else attention(q, k, v, mask)
 
 
 def own_heads(q, k, v, mask):

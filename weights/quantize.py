@@ -265,6 +265,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("scales", scales)
         self.bias = bias
         self.grid = grid_of(weight)
+        self.one_row = None  # loading may put a function (x, weight, scales) here that is faster for a single row on a CPU
         self.in_features, self.out_features = weight.shape[1], self.grid.outputs(scales)
 
     @classmethod
@@ -312,7 +313,9 @@ class QuantizedLinear(nn.Module):
         if x.requires_grad:  # the kernels below have no derivative
             return TrainingProduct.apply(x, weight, scales)
         y = None
-        if device == "cpu" and len(x) <= self.grid.few:
+        if device == "cpu" and len(x) == 1 and self.one_row is not None:
+            y = self.one_row(x, weight, scales)
+        elif device == "cpu" and len(x) <= self.grid.few:
             y = self.grid.cpu_kernel(x, weight, scales)  # fast in bfloat16 alone: in other types it takes 5 to 30 times as long
         elif device == "cuda" and len(x) <= 8:
             y = gpu_product(x, weight, scales)

@@ -1,4 +1,4 @@
-"""Twelve exercises that together are the model and what feeds it. Each is a file with a task and a stub; what is written there
+"""Thirteen exercises that together are the model and what feeds it. Each is a file with a task and a stub; what is written there
 takes the place of the real function, and the project's own tests say whether it is right: `make exercise N=1`. In a notebook:
 
     from lessons.exercises import check, hint

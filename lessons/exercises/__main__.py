@@ -6,6 +6,7 @@ What you wrote in lessons/exercises/e1_….py takes the place of the real functi
 import argparse
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from pkgutil import resolve_name
 
 import pytest
@@ -70,6 +71,11 @@ EXERCISES = {
         {name: f"weights.quantize.{name}" for name in ("quantize_int4", "pack", "unpack")},
         ["tests/test_quantize.py", "-k", "steps or rounding or packing or multiply or unpacked"],
     ),
+    13: (
+        "e13_memory_speed",
+        {"matrix_times_vector": "hardware.kernels.matrix_times_vector"},
+        ["tests/test_cpu.py", "-k", "row_times_16 or row_times_8 or begin_anywhere"],
+    ),
 }
 
 
@@ -87,6 +93,9 @@ def replace(number, solution=False):
         setattr(*place_of(place), getattr(written, name))
 
 
+NUMBA = {13}  # the exercises that need it
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("number", type=int, choices=EXERCISES, help="of the exercise")
@@ -98,6 +107,8 @@ def main():
             return hint(args.number, args.hint)
         except ValueError as error:
             parser.error(str(error))
+    if args.number in NUMBA and find_spec("numba") is None:
+        sys.exit(f"Exercise {args.number} needs numba: pip install numba")
     replace(args.number, args.solution)
     status = pytest.main(["--quiet", "--exitfirst", "--tb=short", "--no-header", "-p", "no:cacheprovider", *EXERCISES[args.number][2]])
     print(f"Exercise {args.number}: " + ("right." if status == 0 else "not yet; what failed stands above."))

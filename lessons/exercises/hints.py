@@ -60,4 +60,9 @@ HINTS = {
         "Two numbers of four bits make a byte: low | high << 4; and back: byte & 15 and byte >> 4.",
         "Which rows share a byte the docstring says: of every R rows the first half is low, the second half high.",
     ),
+    13: (
+        "for r in prange(len(w)): the rows, shared by the cores. Inside: row = w[r], total = float32(0), then the loop over k.",
+        "total += number(row[k]) * x[k], and after the inner loop y[r] = total.",
+        "If it is slow, an integer has become 64 bits, or an index is checked for being negative: loop over range(len(x)) alone.",
+    ),
 }
