@@ -9,6 +9,9 @@ test: .venv/installed
 page: .venv/installed            # page.html: the bundled model in the browser, in one file
 	.venv/bin/python -m lessons.page
 
+demo: .venv/demo                 # a page to drop pictures in, mark and ask: http://127.0.0.1:7860/
+	.venv/bin/python demo.py
+
 exercise: .venv/installed        # make exercise N=1, or a hint instead: make exercise N=1 HINT=1
 	.venv/bin/python -m lessons.exercises $(N) $(if $(HINT),--hint $(HINT))
 
@@ -97,10 +100,14 @@ tiny/build/vip-llava/model.safetensors: | tiny/build/vip-tuned/model.safetensors
 	@.venv/bin/pip install --quiet --disable-pip-version-check -r lessons/requirements.txt
 	@touch $@
 
+.venv/demo: .venv/installed demo-requirements.txt
+	@.venv/bin/pip install --quiet --disable-pip-version-check -r demo-requirements.txt
+	@touch $@
+
 .venv-oldest/installed: requirements.txt
 	$(PYTHON) -m venv .venv-oldest
 	sed 's/^torch==.*/torch==2.6.0/' requirements.txt > .venv-oldest/requirements.txt
 	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -r .venv-oldest/requirements.txt
 	touch $@
 
-.PHONY: sample test page exercise notebook lora check parity oldest tiny tiny-vip
+.PHONY: sample test page demo exercise notebook lora check parity oldest tiny tiny-vip

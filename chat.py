@@ -55,8 +55,35 @@ class Chat:
         """Start a new conversation."""
         self._end_turn()
         self.messages, self.images = [], []  # every turn so far; the pictures of all turns, in order
-        self.tokens, self.cut_off = 0, None  # of the last answer: its length, and the limit that cut it off, "max_new_tokens" or "context"
+        self.answer_ids = []  # of the last answer: its tokens, the ending one included
+        self.cut_off = None  # the limit that cut it off, "max_new_tokens" or "context"
+        self.kept = 0  # how many tokens of its prompt the cache held already
         self._cached = []  # the id in each slot of the KV cache that is taken
+
+    @property
+    def tokens(self):
+        """How many tokens the last answer has."""
+        return len(self.answer_ids)
+
+    def undo(self):
+        """Take back the last question, its pictures and its answer. Raises ValueError if nothing has been asked."""
+        self._end_turn()
+        if not self.messages:
+            raise ValueError("nothing has been asked yet, so there is nothing to take back")
+        asked = self.messages[-2]["content"]
+        del self.messages[-2:]
+        left = len(self.images) - sum(part["type"] == "image" for part in asked)
+        self.images = self.images[:left]
+        # All <image> ids are alike: those of a picture that went would be taken for another's. The cache forgets them and what follows.
+        places = [slot for slot, token in enumerate(self._cached) if token == self.model.config.image_id]
+        gone = places[left * self.model.config.features_per_image :]
+        if gone:
+            del self._cached[gone[0] :]
+
+    def forget_cache(self):
+        """Give the KV cache's memory back. The conversation stays, and is read anew with the next question."""
+        self._end_turn()
+        self._cache, self._cached = None, []
 
     def prompt(self, question, images=()):
         """The exact text the model would read for the next question: the whole conversation up to the answer."""
@@ -86,13 +113,13 @@ class Chat:
             torch.tensor([prompt[kept:]]), pixels, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
             seed=seed, cache=self._cache, repetition_penalty=repetition_penalty, cached_ids=torch.tensor([prompt[:kept]], dtype=torch.long),
         )  # fmt: skip
-        self.tokens, self.cut_off = 0, None
+        self.answer_ids, self.cut_off, self.kept = [], None, kept
         self._turn = self._stream(question, images, prompt, steps, max_new_tokens)
         return self._turn
 
     def _stream(self, question, images, prompt, steps, max_new_tokens):
         """Stream one answer, and enter the turn into the conversation when it ends or its reader stops reading."""
-        said, ids = [], []
+        said, ids = [], self.answer_ids
         try:
             for piece in stop_at(self.tokenizer.stream(self._recorded(prompt, steps, ids, max_new_tokens)), self._end):
                 said.append(piece)
@@ -111,7 +138,6 @@ class Chat:
             else:
                 self._cached = list(prompt)
             ids.append(int(token))
-            self.tokens = len(ids)
             yield ids[-1]
         if ids[-1] not in self.model.config.eos_ids:  # and no end mark in the text, at which nobody asks for another token
             self.cut_off = "max_new_tokens" if len(ids) == max_new_tokens else "context"

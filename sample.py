@@ -44,8 +44,6 @@ def argument_parser(command, description):
     parser.error = fail  # one line, without the usage
     add = parser.add_argument
     add("question", nargs="?", metavar="QUESTION", help=f'the question; "-" reads it from standard input ["{QUESTION}"]')
-    add("--model", help="checkpoint folder, or name on the Hugging Face hub [the bundled tiny/llava]")
-    add("--adapter", metavar="DIR", help="what train.py --lora made for this model, or PEFT")
     add(
         "--image", action="append", nargs="+", default=[], metavar="FILE",
         help="pictures: files, http(s):// addresses, or - for standard input [the bundled one, if the model is too or nothing is asked]",
@@ -63,16 +61,24 @@ def argument_parser(command, description):
     add("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that together have probability P (likewise)")
     add("--repetition-penalty", type=float, default=1.0, metavar="P", help="above 1: repeat less; 1.2 is much already [1]")
     add("--seed", type=int, help="makes the draws repeatable")
-    add("--style", choices=STYLES, help="the chat format [the model's own]")
     add("--system", metavar="TEXT", help="a system sentence in place of the format's own")
+    add("--pad", action="store_true", help="pad pictures to a square instead of cropping them")
+    add("--show-prompt", action="store_true", help="also print the exact prompt and its ids to standard error")
+    add_loading_options(parser, "tiny/llava")
+    return parser
+
+
+def add_loading_options(parser, bundled):
+    """The arguments that say which model `load` loads, and how: demo.py's, too. bundled: the name of the one that needs no --model."""
+    add = parser.add_argument_group("the model").add_argument
+    add("--model", help=f"checkpoint folder, or name on the Hugging Face hub [the bundled {bundled}]")
+    add("--adapter", metavar="DIR", help="what train.py --lora made for this model, or PEFT")
+    add("--style", choices=STYLES, help="the chat format [the model's own]")
     add("--device", default="auto", help="cuda (or cuda:1 …), mps or cpu [the first of them that is there]")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="[what is fast on the device]")
     add("--quantize", choices=GROUPS, help="the language model's weights in 8 or 4 bits, made while loading [as stored]")
     add("--compile", action="store_true", help="compile the decode step first: up to about a minute, then more tokens a second")
-    add("--pad", action="store_true", help="pad pictures to a square instead of cropping them")
     add("--scale-grey", action="store_true", help="make 8 bits of greyscale pictures that have more, by the range of their values")
-    add("--show-prompt", action="store_true", help="also print the exact prompt and its ids to standard error")
-    return parser
 
 
 def fail(message):

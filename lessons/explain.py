@@ -30,15 +30,21 @@ TOKENS = 4096  # of a batch of greyed pictures: more takes memory and no less ti
 
 def answer_ids(chat, question, images, **options):
     """Ask, and give the ids of the prompt (each <image> expanded) and of the answer, its end included if it came."""
-    config = chat.model.config
-    prompt = expand_images(chat.tokenizer.encode(chat.prompt(question, images)), config.image_id, config.features_per_image)
-    pixels = chat.processor(images, pad=chat.pad) if images else None
-    answer, end = [], STYLES[config.style].end
+    prompt, pixels = whole_prompt(chat, question, images)
+    answer, end = [], STYLES[chat.style].end
     for token in chat.model.generate(torch.tensor([prompt]), pixels, **options):
         answer.append(int(token))
         if end in chat.tokenizer.decode(answer):  # ViP's "###" is plain text
             break
     return prompt, answer
+
+
+def whole_prompt(chat, question, images):
+    """The ids of the conversation with one more question, each <image> expanded, and the pixels of all its pictures, or None."""
+    config = chat.model.config
+    prompt = expand_images(chat.tokenizer.encode(chat.prompt(question, images)), config.image_id, config.features_per_image)
+    pictures = [*chat.images, *images]
+    return prompt, chat.processor(pictures, pad=chat.pad) if pictures else None
 
 
 @torch.no_grad()
@@ -136,11 +142,15 @@ def of_picture(chat, prompt, answer, pixels, maps, cells):
     }
 
 
-def page(chat, question, images, cells, **options):
-    """The page's HTML. cells: into how many rows and columns the picture is cut to be greyed."""
+def page(chat, question, images, cells, answer=None, **options):
+    """The page's HTML. cells: into how many rows and columns the (first) picture is cut to be greyed.
+
+    answer: the ids of the answer to look at; None: ask for one, with these options. The question may follow others in `chat`.
+    """
     config, tokenizer = chat.model.config, chat.tokenizer
-    prompt, answer = answer_ids(chat, question, images, **options)
-    pixels = chat.processor(images, pad=chat.pad) if images else None
+    if answer is None:
+        _, answer = answer_ids(chat, question, images, **options)
+    prompt, pixels = whole_prompt(chat, question, images)
     maps = attention_maps(chat, prompt, answer, pixels)  # (layers, heads, answer, positions)
     words, position = [], 0
     for token in prompt:
@@ -156,10 +166,26 @@ def page(chat, question, images, cells, **options):
         "answer": ["(end)" if token in config.eos_ids else spelling(tokenizer, token) for token in answer],
         "probability": log_probabilities(chat, prompt, answer, pixels)[0].exp().tolist(),
         "attention": [packed(layer, -1) for layer in maps.mean(1)],
-        "of_picture": of_picture(chat, prompt, answer, pixels, maps, cells) if images else None,
+        "of_picture": None if pixels is None else of_picture(chat, prompt, answer, pixels, maps, cells),
     }
     template = (Path(__file__).parent / "explain.html").read_text(encoding="utf-8")
     return template.replace("DATA", json.dumps(data).replace("<", "\\u003c"))  # no text can end the script element
+
+
+@torch.no_grad()
+def weighed(chat, question, images, answer, count=5):
+    """The exact prompt of a question, its ids, and for each token of its answer (ids) the probability and the likeliest others:
+    {"prompt", "ids", "words": [{"word", "probability", "others": [[word, probability], …]}]}. At temperature 1, without a penalty."""
+    prompt, pixels = whole_prompt(chat, question, images)
+    logits = chat.model(torch.tensor([prompt + answer]), pixels).logits[0, len(prompt) - 1 : -1]  # (answer, vocabulary)
+    probabilities = logits.float().softmax(-1).cpu()
+    words = []
+    for token, row in zip(answer, probabilities):
+        best = [other for other in row.topk(count + 1).indices.tolist() if other != token][:count]
+        others = [[spelling(chat.tokenizer, other), float(row[other])] for other in best]
+        words.append({"word": spelling(chat.tokenizer, token), "probability": float(row[token]), "others": others})
+    text = chat.prompt(question, images)
+    return {"prompt": text, "ids": chat.tokenizer.encode(text), "words": words}
 
 
 def main():

@@ -38,7 +38,10 @@ class Browser:
 
     def open(self, file):
         self.file = file
-        self.command("POST", "/url", url=file.resolve().as_uri())
+        self.visit(file.resolve().as_uri())
+
+    def visit(self, address):
+        self.command("POST", "/url", url=address)
 
     def run(self, script, *arguments):
         """What an async JavaScript function with this body returns; its arguments are `given`."""

@@ -399,6 +399,55 @@ def test_what_cannot_be_scored(chat):
         chat.score("How <image>?", "Four.")
 
 
+# Taking back
+
+
+def test_the_last_turn_is_taken_back_and_its_picture_with_it(chat, seen):
+    """Asked again with another picture, the cache must not take the old one's features for the new one's: all <image> ids are alike."""
+    first, second, third = (image for image, *_ in [asked[1:] for asked in held_out_questions(3, "taken back")])
+    expected = Chat(chat.model, chat.tokenizer, chat.processor)
+    for one in (chat, expected):
+        list(one.ask("How many things are there?", [first]))
+    list(chat.ask("Describe the picture.", [second]))
+    chat.undo()
+    assert chat.images == [first] and chat.messages == expected.messages
+    clear(seen)
+    again = "".join(chat.ask("Describe the picture.", [third]))
+    assert seen["pictures"] == [1] and chat.kept > chat.model.config.features_per_image  # the first is still in the cache
+    logits = seen["logits"][0]
+    clear(seen)
+    assert again == "".join(expected.ask("Describe the picture.", [third]))
+    assert_close(logits, seen["logits"][0])
+
+
+def test_a_half_read_answer_is_taken_back(chat):
+    answer = chat.ask("Describe the picture.", [open_image(PICTURE)])
+    next(answer)
+    chat.undo()
+    assert (chat.messages, chat.images) == ([], [])
+    with pytest.raises(ValueError, match="nothing to take back"):
+        chat.undo()
+
+
+def test_a_conversation_survives_the_loss_of_its_cache(chat, seen):
+    list(chat.ask("Describe the picture.", [open_image(PICTURE)]))
+    other = Chat(chat.model, chat.tokenizer, chat.processor)
+    other.messages, other.images = list(chat.messages), list(chat.images)
+    chat.forget_cache()
+    assert chat._cache is None
+    answer = "".join(chat.ask("How many things are there?"))
+    assert chat.kept == 0 and answer == "".join(other.ask("How many things are there?"))
+
+
+def test_what_is_known_of_the_last_answer(chat):
+    answer = "".join(chat.ask("Where is the square?", [open_image(PICTURE)]))
+    assert chat.kept == 0 and chat.tokens == len(chat.answer_ids) and chat.answer_ids[-1] in chat.model.config.eos_ids
+    assert chat.tokenizer.decode(chat.answer_ids[:-1]).strip() == answer
+    prompt = chat._expanded(chat.tokenizer.encode(chat.prompt("Where is the square?")))
+    list(chat.ask("Where is the square?"))
+    assert chat.model.config.features_per_image < chat.kept < len(prompt)
+
+
 # The repetition penalty
 
 

@@ -54,6 +54,14 @@ def test_it_opens_with_the_word_that_the_picture_mattered_to_most(tab):
     assert re.search(r"\d+ % of the attention is on the picture, most of it on row \d, column \d \(\d+ %\)", tab.run(SAID))
 
 
+def test_the_address_may_name_a_word(browser, files):
+    browser.visit("about:blank")  # or only the anchor would change, and the page not be loaded
+    browser.visit((files / "picture.html").as_uri() + "#1")
+    browser.run("await picture.decode(); show();")
+    assert browser.run(CHOSEN) == [browser.run("return data.answer[1].trim();")]
+    browser.visit("about:blank")
+
+
 def test_arrow_keys_choose_a_word(tab):
     words = tab.run("return [...byId('answer').children].map(b => b.textContent);")
     tab.run("byId('answer').children[0].focus();")
@@ -117,8 +125,8 @@ def test_occlusion_in_batches_is_occlusion_one_by_one(bundled, monkeypatch):
     prompt, answer = answer_ids(bundled, "Where is the ring?", [picture], max_new_tokens=20)
     pixels = bundled.processor([picture, picture])  # what is not asked about is not greyed
     prompt = [token for token in prompt for _ in range(2 if token == bundled.model.config.image_id else 1)]
-    forward, rows = bundled.model.forward, []
-    monkeypatch.setattr(bundled.model, "forward", lambda ids, *more: rows.append(len(ids)) or forward(ids, *more))
+    embed, rows = bundled.model.embed, []
+    monkeypatch.setattr(bundled.model, "embed", lambda ids, *more: rows.append(len(ids)) or embed(ids, *more))
     together = occlusion_maps(bundled, prompt, answer, pixels, 4)
     assert rows == [1, 16]
     monkeypatch.setattr(explain, "TOKENS", 1)

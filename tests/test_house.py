@@ -23,10 +23,13 @@ COMMANDS = ("sample", "train", "convert", "evaluate")
 for command in COMMANDS:
     MAY[command] = BOOK | {"chat", "training", "converse"}
 MAY["evaluate"] |= {"benchmarks"}
+MAY["visitors"] = BOOK | {"chat", "converse"}
+MAY["demo"] = BOOK | {"sample", "visitors", "lessons"}  # what its page shows of an answer is lessons.explain's
 ROOMS = {*MAY}
 MAY["tiny"] = ROOMS
 MAY["lessons"] = MAY["bench"] = ROOMS | {"tiny"}
 OPTIONAL = {"transformers", "peft", "huggingface_hub", "matplotlib", "torchvision", "accelerate", "openpyxl", "numba"}
+OPTIONAL |= {"starlette", "uvicorn"}
 
 FILES = [path for path in Path(".").glob("*.py")] + [path for room in MAY for path in Path(room).rglob("*.py")]
 MODULES = {".".join(path.with_suffix("").parts): path for path in FILES}

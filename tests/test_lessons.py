@@ -12,6 +12,7 @@ from importlib import import_module
 import pytest
 import torch
 
+from chat import Chat
 from images import open_image
 from lessons import explain
 from lessons.exercises import HINTS, check, hint
@@ -124,6 +125,17 @@ def test_the_page_is_one_file_and_its_data_cannot_end_it(chat):
     text = page(chat, "Is there a </script> <b>ring</b>?", [], cells=2, max_new_tokens=4)
     assert text.count("</script>") == 2 and not re.search(r"(src|href)\s*=\s*[\"']?http", text)
     assert "".join(word for word, _ in data_of(text)["prompt"]).endswith("<b>ring</b>? ASSISTANT:")
+
+
+def test_the_page_of_a_later_turn_holds_the_conversation(chat):
+    """The answer that was given is looked at, after the turns before it and with the pictures of all of them."""
+    list(chat.ask("How many things are there?", [open_image("tiny/example.png")]))
+    asked = Chat(chat.model, chat.tokenizer, chat.processor)
+    asked.messages, asked.images = list(chat.messages), list(chat.images)
+    list(chat.ask("Where is the ring?"))
+    data = data_of(explain.page(asked, "Where is the ring?", [], cells=2, answer=chat.answer_ids))
+    assert "How many" in "".join(word for word, _ in data["prompt"]) and data["of_picture"]
+    assert len(data["answer"]) == chat.tokens and min(data["probability"]) > 0.3
 
 
 def test_the_page_ends_where_the_answer_ends(chat, monkeypatch):
