@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-import images
+import opening
 from chat import Chat
 from images import open_image
 from llama import KVCache
@@ -316,7 +316,7 @@ def test_the_repetition_penalty_changes_the_answer(monkeypatch):
 
 
 def test_deep_greyscale_is_told_and_scaled(monkeypatch, tmp_path):
-    monkeypatch.setattr(images, "_told", set())
+    monkeypatch.setattr(opening, "_told", set())
     grey = np.asarray(open_image(PICTURE).convert("L"))
     Image.fromarray(grey).save(tmp_path / "grey8.png")
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "grey16.png")
