@@ -19,14 +19,14 @@ from tiny.world import PLACES, is_held_out, paint
 def test_marks_are_on_their_things(kind, count):
     for seed in range(30):
         scene, layout, marked = marked_scene(Random(seed), count, kind)
-        assert len(scene) > 1 and len(marked) == count and all(mark.kind == kind for _, mark in marked)
+        assert len(scene) > 1 and len(marked) == count and marked[0][1].kind == kind
         assert len({mark.words for _, mark in marked}) == len({thing.cell for thing, _ in marked}) == count
         for thing, mark in marked:
             changed = (np.asarray(picture(layout, [(thing, mark)])) != np.asarray(paint(*layout))).any(-1)
             (placed,) = [placed for placed in layout[1] if placed.thing == thing]
             rows, columns = np.nonzero(changed)
             near = np.hypot(columns - placed.x, rows - placed.y) < 2.2 * placed.radius
-            assert near.any() and (near.mean() > 0.5 or kind == "arrow")
+            assert near.any() and (near.mean() > 0.5 or mark.kind == "arrow")
             assert math.dist(COLOURS[mark.colour], SHADES[thing.colour]) > 90
 
 
@@ -93,11 +93,25 @@ def test_every_turn_is_true():
 
 
 def test_every_kind_of_question_and_of_mark_is_asked_alike():
-    asked = list(held_out_questions(128, seed=1))
-    pairs = [(question, mark) for question, mark, *_ in asked]
-    assert {*pairs} == {(question, mark) for question in (*ABOUT_ONE, *ABOUT_TWO) for mark in KINDS}
-    assert len({question for *_, question, _ in asked}) > 60
-    assert all(np.any(np.asarray(marked) != np.asarray(plain)) for _, _, marked, plain, _, _ in asked)
+    asked = list(held_out_questions(256, seed=1))
+    pairs = Counter((question, mark) for question, mark, *_ in asked)
+    assert {*pairs} == {(question, mark) for question in (*ABOUT_ONE, *ABOUT_TWO) for mark in KINDS} and {*pairs.values()} == {4}
+    assert len({question for *_, question, _ in asked}) > 120
+    assert all(np.any(np.asarray(marked) != np.asarray(plain)) for *_, marked, plain, _, _ in asked)
+
+
+def test_whatever_is_asked_about_there_may_be_other_marks():
+    """The same question about another mark of the picture differs from it in the mark's words alone."""
+    numbers = Counter()
+    for kind, mark_kind, number, exchanged, _, _, question, answer in held_out_questions(256, seed=2):
+        numbers[kind, number] += 1
+        assert (exchanged is None) == (number == 1) and mark_kind in question
+        if exchanged:
+            assert exchanged[0] != question
+            assert (kind == "what is it") or exchanged[0].split()[:2] == question.split()[:2]
+            if kind == "same colour" and number == 2:  # of two marks the second is then asked about first
+                assert exchanged[1].endswith(answer.split(": ")[1])
+    assert {*numbers} == {(kind, n) for kind in ABOUT_ONE for n in (1, 2, 3, 4)} | {(kind, n) for kind in ABOUT_TWO for n in (2, 3, 4)}
 
 
 def test_the_same_seed_gives_the_same_data(tmp_path):
