@@ -57,7 +57,7 @@ def quantise(model, part, scheme):
 def held_out(chat, count, seed):
     """Pictures, questions and true answers; for a ViP-LLaVA about what is marked."""
     if chat.model.config.style == "vip":
-        _, _, images, _, questions, truths = zip(*marked.held_out_questions(count, seed))
+        *_, images, _, questions, truths = zip(*marked.held_out_questions(count, seed))
     else:
         _, images, questions, truths = zip(*world.held_out_questions(count, seed))
     return images, questions, truths

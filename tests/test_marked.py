@@ -8,10 +8,14 @@ from random import Random
 import numpy as np
 import pytest
 
+from inputs import IGNORED
 from marks import COLOURS, KINDS
 from tiny.marked import ABOUT_ONE, ABOUT_TWO, conversation, held_out_questions, marked_scene, picture, write
+from tiny.refer import ANSWER_BLOCK, COLOUR_BLOCK, where_to_look
 from tiny.world import COLOURS as SHADES
-from tiny.world import PLACES, is_held_out, paint
+from tiny.world import PLACES, is_held_out, llava_record, paint
+from tokenizer import Tokenizer
+from train import encode_conversation
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -19,14 +23,14 @@ from tiny.world import PLACES, is_held_out, paint
 def test_marks_are_on_their_things(kind, count):
     for seed in range(30):
         scene, layout, marked = marked_scene(Random(seed), count, kind)
-        assert len(scene) > 1 and len(marked) == count and all(mark.kind == kind for _, mark in marked)
+        assert len(scene) > 1 and len(marked) == count and marked[0][1].kind == kind
         assert len({mark.words for _, mark in marked}) == len({thing.cell for thing, _ in marked}) == count
         for thing, mark in marked:
             changed = (np.asarray(picture(layout, [(thing, mark)])) != np.asarray(paint(*layout))).any(-1)
             (placed,) = [placed for placed in layout[1] if placed.thing == thing]
             rows, columns = np.nonzero(changed)
             near = np.hypot(columns - placed.x, rows - placed.y) < 2.2 * placed.radius
-            assert near.any() and (near.mean() > 0.5 or kind == "arrow")
+            assert near.any() and (near.mean() > 0.5 or mark.kind == "arrow")
             assert math.dist(COLOURS[mark.colour], SHADES[thing.colour]) > 90
 
 
@@ -93,11 +97,25 @@ def test_every_turn_is_true():
 
 
 def test_every_kind_of_question_and_of_mark_is_asked_alike():
-    asked = list(held_out_questions(128, seed=1))
-    pairs = [(question, mark) for question, mark, *_ in asked]
-    assert {*pairs} == {(question, mark) for question in (*ABOUT_ONE, *ABOUT_TWO) for mark in KINDS}
-    assert len({question for *_, question, _ in asked}) > 60
-    assert all(np.any(np.asarray(marked) != np.asarray(plain)) for _, _, marked, plain, _, _ in asked)
+    asked = list(held_out_questions(256, seed=1))
+    pairs = Counter((question, mark) for question, mark, *_ in asked)
+    assert {*pairs} == {(question, mark) for question in (*ABOUT_ONE, *ABOUT_TWO) for mark in KINDS} and {*pairs.values()} == {4}
+    assert len({question for *_, question, _ in asked}) > 120
+    assert all(np.any(np.asarray(marked) != np.asarray(plain)) for *_, marked, plain, _, _ in asked)
+
+
+def test_whatever_is_asked_about_there_may_be_other_marks():
+    """The same question about another mark of the picture differs from it in the mark's words alone."""
+    numbers = Counter()
+    for kind, mark_kind, number, exchanged, _, _, question, answer in held_out_questions(256, seed=2):
+        numbers[kind, number] += 1
+        assert (exchanged is None) == (number == 1) and mark_kind in question
+        if exchanged:
+            assert exchanged[0] != question
+            assert (kind == "what is it") or exchanged[0].split()[:2] == question.split()[:2]
+            if kind == "same colour" and number == 2:  # of two marks the second is then asked about first
+                assert exchanged[1].endswith(answer.split(": ")[1])
+    assert {*numbers} == {(kind, n) for kind in ABOUT_ONE for n in (1, 2, 3, 4)} | {(kind, n) for kind in ABOUT_TWO for n in (2, 3, 4)}
 
 
 def test_the_same_seed_gives_the_same_data(tmp_path):
@@ -111,3 +129,25 @@ def test_the_same_seed_gives_the_same_data(tmp_path):
         assert (tmp_path / "a" / one["image"]).read_bytes() != (tmp_path / "a" / other["image"]).read_bytes()
     records = json.loads((tmp_path / "a" / "instruct.json").read_text())
     assert all(record["conversations"][0]["value"].startswith("<image>\n") for record in records)
+
+
+def test_colours_look_at_what_is_marked_and_answers_at_colours():
+    tokenizer, features = Tokenizer.from_pretrained("tiny/vip-llava"), 64
+    seen = Counter()
+    for seed in range(100):
+        scene, _, marked = marked_scene(Random(seed), 1 + seed % 4)
+        turns = conversation(scene, marked, Random(seed))
+        ids, labels = encode_conversation(llava_record("", "", turns), tokenizer, "vip")
+        image, cells = ids.index(tokenizer.image_id), {mark.colour: thing.cell for thing, mark in marked}
+        text = lambda first, last, ids=ids: tokenizer.decode(ids[first - features + 1 : last - features + 2])
+        for block, word, places in where_to_look(ids, labels, turns, marked, tokenizer, features):
+            seen[block] += 1
+            if block == COLOUR_BLOCK:
+                (colour,) = [colour for colour in cells if text(word - 4, word).endswith(colour)]
+                rows, columns = zip(*[divmod(place - image, 8) for place in places])
+                middle = (min(rows) + max(rows) + 1) / 2, (min(columns) + max(columns) + 1) / 2
+                assert tuple(int(3 * at / 8) for at in middle) == divmod(cells[colour], 3)
+            else:
+                assert labels[word - features + 2] != IGNORED and 1 <= len(places) <= 2
+                assert all(any(text(place - 4, place).endswith(colour) for colour in cells) for place in places)
+    assert seen[COLOUR_BLOCK] > 300 and seen[ANSWER_BLOCK] > 1000

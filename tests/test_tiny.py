@@ -8,7 +8,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from chat import Chat
-from tiny.grade import commonest, grade, grade_marks, table
+from tiny.grade import as_markdown, commonest, grade, grade_marks, table
 from tiny.marked import held_out_questions as marked_questions
 from tiny.world import (
     PLACES,
@@ -129,6 +129,12 @@ def test_grading_counts_what_is_right():
     assert rows == {"a": {"asked": 3, "right": 1 / 3}, "b": {"asked": 1, "right": 1.0}, "all": {"asked": 4, "right": 0.5}}
 
 
+def test_grading_leaves_out_what_was_not_asked():
+    rows = table(["a", "a", "b"], {"another": [True, None, None]})
+    assert [row["another"] for row in rows.values()] == [1.0, None, 1.0]
+    assert as_markdown("kind", rows).splitlines()[2:] == ["| a | 2 | 100.0 % |", "| b | 1 | – |", "| all | 3 | 100.0 % |"]
+
+
 def test_the_bundled_checkpoint_sees():
     """A sample of what `python -m tiny.grade` measures in full."""
     rows = grade(Chat.from_pretrained("tiny/llava", dtype=torch.float32), count=200, seed=2)["question"]
@@ -136,17 +142,19 @@ def test_the_bundled_checkpoint_sees():
     assert rows["all"]["with noise for the picture"] <= 0.35
 
 
-def test_the_bundled_vip_llava_sees_marks():
-    """A sample of what `python -m tiny.grade --model tiny/vip-llava` measures in full, and the same without the marks."""
-    load = lambda name: Chat.from_pretrained(f"tiny/{name}", dtype=torch.float32)
-    rows = grade_marks(load("vip-llava"), load("llava"), count=160, seed=2)["question"]["all"]
-    assert rows["right"] >= 0.7 and rows["marks left off"] <= rows["right"] - 0.2
+def test_the_bundled_vip_llava_reads_which_mark_is_meant():
+    """A sample of what `python -m tiny.grade --model tiny/vip-llava` measures in full, and its controls."""
+    tables = grade_marks(Chat.from_pretrained("tiny/vip-llava", dtype=torch.float32), count=160, seed=2)
+    rows = tables["question"]["all"]
+    assert rows["right"] >= 0.8 and rows["another mark: right"] >= 0.8
+    assert rows["another mark: the same answer, wrongly"] <= 0.15 and rows["marks left off"] <= 0.4
+    assert [*tables["marks"]] == ["1", "2", "3", "4", "all"] and tables["marks"]["1"]["another mark: right"] is None
 
 
 def test_the_bundled_vip_llava_chats_about_a_mark_that_is_added(tmp_path):
     """Its format ends an answer at "###"; a second turn brings a marked picture into the conversation."""
     chat = Chat.from_pretrained("tiny/vip-llava", dtype=torch.float32)
-    _, _, image, plain, question, truth = next(iter(marked_questions(1, seed=5)))
+    *_, image, plain, question, _ = next(iter(marked_questions(1, seed=5)))
     assert "#" not in "".join(chat.ask("Describe the picture and its marks.", [plain]))
     assert chat.prompt(question, [image]).count("###Human: ") == 2
     answer = "".join(chat.ask(question, [image]))

@@ -1,11 +1,12 @@
 """How often is a model of the tiny world right? Exact match of its greedy answers to questions about held-out scenes.
 
     python -m tiny.grade                        # tiny/llava: 2,000 questions; prints the table
-    python -m tiny.grade --model FOLDER         # another; a ViP-LLaVA is asked about marked things, in two tables
+    python -m tiny.grade --model FOLDER         # another; a ViP-LLaVA is asked about marked things, in three tables
 
 The other columns are controls. They show what can be had without looking, by the same questions put with noise in place
-of the picture and by the share of the commonest answer; and for ViP-LLaVA what the marks give, by the same pictures
-without them, and what its training gives, by the same marked pictures shown to a LLaVA that was trained without.
+of the picture and by the share of the commonest answer. For ViP-LLaVA they show what the marks give, by the same pictures
+without them. And they show whether it reads which mark is meant: the same picture is asked about another of its marks. Then
+the answer must be the one for that mark, and two marks with different answers must not get the same one.
 """
 
 import argparse
@@ -33,11 +34,15 @@ def padded(chat, questions):
     return ids, torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
 
 
-def right(chat, images, questions, truths, batch=50):
-    """Whether each answer is the true one, to the letter."""
+def all_answers(chat, images, questions, batch=50):
+    """The answers to any number of questions, each about its own picture."""
     asked = [(question, [image]) for question, image in zip(questions, images)]
-    answers = tqdm(chat.answer(asked, batch_size=batch, max_new_tokens=128), desc="grading", unit="answer", total=len(asked))
-    return [answer == truth for answer, truth in zip(answers, truths, strict=True)]
+    return list(tqdm(chat.answer(asked, batch_size=batch, max_new_tokens=128), desc="grading", unit="answer", total=len(asked)))
+
+
+def right(chat, images, questions, truths):
+    """Whether each answer is the true one, to the letter."""
+    return [answer == truth for answer, truth in zip(all_answers(chat, images, questions), truths, strict=True)]
 
 
 def commonest(kinds, truths):
@@ -47,12 +52,17 @@ def commonest(kinds, truths):
 
 
 def table(kinds, columns):
-    """{kind: {"asked": how many, each column's name: the share that is right in it}}, and the same for "all" of them."""
+    """{kind: {"asked": how many, each column's name: the share that is True in it}}, and the same for "all" of them.
+
+    Where a column holds None, it does not count. The share of a row of nothing else is None.
+    """
     rows = {}
     for row in [*sorted(set(kinds)), "all"]:
         of_row = [row in (kind, "all") for kind in kinds]
-        shares = {name: sum(r for r, here in zip(column, of_row) if here) / sum(of_row) for name, column in columns.items()}
-        rows[row] = {"asked": sum(of_row)} | shares
+        rows[row] = {"asked": sum(of_row)}
+        for name, column in columns.items():
+            counted = [value for value, here in zip(column, of_row) if here and value is not None]
+            rows[row][name] = sum(counted) / len(counted) if counted else None
     return rows
 
 
@@ -69,23 +79,38 @@ def grade(chat, count, seed):
     return {"question": table(kinds, columns)}
 
 
-def grade_marks(chat, plain, count, seed):
-    """A ViP-LLaVA's tables: {"question": its rows by kind of question, "mark": by kind of mark}. plain: a LLaVA's chat."""
-    kinds, marks, images, unmarked, questions, truths = zip(*marked.held_out_questions(count, seed))
+def grade_marks(chat, count, seed):
+    """A ViP-LLaVA's tables: {"question": its rows by kind of question, "mark": by kind of mark, "marks": by number of marks}."""
+    kinds, marks, numbers, exchanged, images, unmarked, questions, truths = zip(*marked.held_out_questions(count, seed))
+    said = all_answers(chat, images, questions)
+    several = [n for n, turn in enumerate(exchanged) if turn]  # the pictures with another mark to ask about
+    follows, same = [None] * count, [None] * count
+    for n, answer in zip(several, all_answers(chat, [images[n] for n in several], [exchanged[n][0] for n in several])):
+        follows[n] = answer == exchanged[n][1]
+        if truths[n] != exchanged[n][1]:
+            same[n] = answer == said[n]
     columns = {
-        "right": right(chat, images, questions, truths),
+        "right": [answer == truth for answer, truth in zip(said, truths)],
+        "another mark: right": follows,
+        "another mark: the same answer, wrongly": same,
         "marks left off": right(chat, unmarked, questions, truths),
-        "tiny/llava, same marks": right(plain, images, questions, truths),
         "commonest answer": commonest(kinds, truths),
     }
-    return {"question": table(kinds, columns), "mark": table(marks, columns)}
+    numbers = [f"{number}" for number in numbers]
+    return {"question": table(kinds, columns), "mark": table(marks, columns), "marks": table(numbers, columns)}
 
 
 def as_markdown(name, rows):
     lines = [[name, *rows["all"]], ["---"] * (1 + len(rows["all"]))]
     for kind, row in rows.items():
-        lines.append([kind, *(f"{100 * share:.1f} %" if isinstance(share, float) else str(share) for share in row.values())])
+        lines.append([kind, *map(cell, row.values())])
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def cell(value):
+    if value is None:
+        return "–"
+    return f"{100 * value:.1f} %" if isinstance(value, float) else str(value)
 
 
 def main():
@@ -96,12 +121,8 @@ def main():
     parser.add_argument("--json", type=Path, help="also write the tables here")
     args = parser.parse_args()
 
-    load = lambda model: Chat.from_pretrained(model, dtype=torch.float32)
-    chat = load(args.model)
-    if chat.model.config.style == "vip":
-        tables = grade_marks(chat, load("tiny/llava"), args.count, args.seed)
-    else:
-        tables = grade(chat, args.count, args.seed)
+    chat = Chat.from_pretrained(args.model, dtype=torch.float32)
+    tables = (grade_marks if chat.model.config.style == "vip" else grade)(chat, args.count, args.seed)
     print("\n\n".join(as_markdown(name, rows) for name, rows in tables.items()))
     if args.json:
         args.json.write_text(json.dumps(tables, indent=1) + "\n")

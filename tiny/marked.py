@@ -1,4 +1,4 @@
-"""The tiny world with visual prompts on it: one or two marked things among several, and questions that refer to the marks.
+"""The tiny world with visual prompts on it: one to four marked things among several, and questions that refer to the marks.
 
 python -m tiny.marked           # writes tiny/marked-data: pictures, and conversations in LLaVA's own format
 """
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from marks import COLOURS, KINDS, draw_marks, random_mark
 from tiny.world import NUMBERS, PLACES, SIDE, ask_description, describe, llava_record, make_scene, names, paint, place, yes
 
+MOST_MARKS = 4  # in a picture
 AROUND = ("rectangle", "ellipse", "mask", "mask contour")
 # As bold against a patch of 14 pixels as the paper's marks are: of 112 pixels a line of the paper's share would be 1 wide.
 # Widths are for a picture of 336, so 6 to 15 is 2 to 5 here.
@@ -31,7 +32,7 @@ def marked_scene(random, count, kind=None, held_out=False):
     """A scene of two things or more, `count` of which are marked: (scene, its layout, [(thing, mark), …]).
 
     The first two marked things have one colour in every second picture, and marks always different ones, which stand out
-    from the things they are on. What goes around a thing leaves it some room. kind: of the marks, if not any.
+    from the things they are on. What goes around a thing leaves it some room. kind: of the first mark, if not any.
     """
     alike = random.random() < 0.5
     while True:
@@ -44,10 +45,10 @@ def marked_scene(random, count, kind=None, held_out=False):
 
 
 def put_marks(things, layout, random, kind=None):
-    """A mark of this kind, or of any, on each of the things: [(thing, mark), …]."""
+    """A mark on each of the things, the first of this kind: [(thing, mark), …]."""
     marked, places = [], {placed.thing: placed for placed in layout[1]}
     for thing in things:
-        of_kind, used = kind or random.choice([*KINDS]), [mark.colour for _, mark in marked]
+        of_kind, used = random.choice([*KINDS]) if marked or not kind else kind, [mark.colour for _, mark in marked]
         colours = [colour for colour, rgb in COLOURS.items() if colour not in used and math.dist(rgb, places[thing].shade) > 120]
         outline = places[thing].outline(1.2 if of_kind in AROUND else 1.0)
         marked.append((thing, random_mark(outline, (SIDE, SIDE), random, of_kind, random.choice(colours), BOLD)))
@@ -155,7 +156,7 @@ def write(folder, count, seed):
     align, instruct, held_out, unmarked = [], [], [], []
     for n in tqdm(range(count), desc="drawing", unit="picture"):
         random = Random(f"{seed} marked {n}")
-        scene, layout, marked = marked_scene(random, 1 + n % 4)
+        scene, layout, marked = marked_scene(random, 1 + n % MOST_MARKS)
         name, file = f"{n:06d}", f"images/{n:06d}.png"
         picture(layout, marked).save(folder / file)
         align.append(llava_record(name, file, [ask_description(scene, random), ask_marked_description(scene, marked, random)]))
@@ -172,17 +173,27 @@ def write(folder, count, seed):
 
 
 def held_out_questions(count, seed):
-    """Questions about marked things in held-out scenes, the kinds of question and of mark in turn, one question a picture:
-    (kind of question, kind of mark, marked picture, the same without marks, question, answer)."""
+    """Questions about marked things in held-out scenes, the kinds of question and of mark in turn, one question a picture.
+
+    One to four things are marked, whatever is asked about: only who reads which mark is meant can answer. Each is a tuple:
+    (kind of question, kind of mark, number of marks, (question, answer) with another mark of the picture in the place of the
+    first, marked picture, the same without marks, question, answer). Where there is no other mark, None is in its place.
+    """
     kinds, n = [*ABOUT_ONE, *ABOUT_TWO], 0
     while count:
         random = Random(f"{seed} held out marked {n}")
         n += 1
         question_kind, mark_kind = kinds[count % len(kinds)], [*KINDS][count // len(kinds) % len(KINDS)]
-        scene, layout, marked = marked_scene(random, 1 if question_kind in ABOUT_ONE else 2, mark_kind, held_out=True)
-        if turn := (ABOUT_ONE | ABOUT_TWO)[question_kind](scene, marked, random):
+        about = 1 if question_kind in ABOUT_ONE else 2
+        numbers = range(about, MOST_MARKS + 1)
+        number = numbers[count // len(kinds) // len(KINDS) % len(numbers)]
+        scene, layout, marked = marked_scene(random, number, mark_kind, held_out=True)
+        ask = (ABOUT_ONE | ABOUT_TWO)[question_kind]
+        turn = ask(scene, marked[:about], random)
+        exchanged = ask(scene, (marked[1:] + marked[:1])[:about], random)  # of two marks the second and the first
+        if turn and exchanged:
             count -= 1
-            yield question_kind, mark_kind, picture(layout, marked), paint(*layout), *turn
+            yield question_kind, mark_kind, number, exchanged if number > 1 else None, picture(layout, marked), paint(*layout), *turn
 
 
 if __name__ == "__main__":
