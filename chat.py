@@ -139,7 +139,7 @@ class Chat:
                 self._cached = list(prompt)
             ids.append(int(token))
             yield ids[-1]
-        if ids[-1] not in self.model.config.eos_ids:  # and no end mark in the text, at which nobody asks for another token
+        if ids[-1] not in self.model.config.eos_ids:  # with an end mark in its text an answer never gets here: stop_at stops asking
             self.cut_off = "max_new_tokens" if len(ids) == max_new_tokens else "context"
 
     def _end_turn(self):

@@ -2,10 +2,10 @@
 
 A picture becomes a sequence: cut it into 14×14-pixel patches, map each patch linearly to a vector, put a learned
 class vector in front, add a learned position to each, and run a transformer over them in which every patch attends to
-every other. LLaVA reads the patches' hidden states one block below the top, ViP-LLaVA at five heights, neither the
-pooled output.
+every other. LLaVA reads the patches' hidden states one block below the top, ViP-LLaVA at five heights. Neither reads
+the pooled output.
 
-Shapes: N pictures, C colours, S side in pixels, P patches, D width, H heads, E = D / H width of a head.
+Shapes: N pictures, C colours, S side in pixels, P patches, D width, H heads, E = D / H width of a head, p side of a patch in pixels.
 """
 
 from dataclasses import dataclass
@@ -50,12 +50,12 @@ class Attention(nn.Module):
         self.v_proj, self.out_proj = nn.Linear(D, D), nn.Linear(D, D)
 
     def forward(self, x):
-        q, k, v = (
-            proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (N, H, P+1, E)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))  # (N, H, P+1, E)
         out = F.scaled_dot_product_attention(q, k, v)  # softmax(q kᵀ / √E) v
         return self.out_proj(out.transpose(1, 2).flatten(-2))  # (N, P+1, D)
+
+    def heads(self, x):
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 class MLP(nn.Module):

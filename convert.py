@@ -138,6 +138,7 @@ def convert_original(kind, source, out, clip, base):
         convert_lora(source, out)
     elif kind == "lora":
         adapter = out.with_name(f"{out.name}.adapter")
+        shutil.rmtree(adapter, ignore_errors=True)  # of a run that was killed
         convert_lora(source, adapter)
         merge_adapter(base, out, adapter)
         shutil.rmtree(adapter)
@@ -156,7 +157,9 @@ def convert(source, out, scheme=None, adapter=None, vision=None, base=None):
     """
     if out.exists():
         raise ValueError(f"{out} exists; give a folder that does not")
-    source, clip, base = (None if name is None else checkpoint_folder(name, "*.bin") for name in (source, vision, base))
+    source = checkpoint_folder(source, "*.bin")
+    clip = None if vision is None else checkpoint_folder(vision, "*.bin")
+    base = None if base is None else checkpoint_folder(base, "*.bin")
     kind, changes = original.kind_of(source), [change for change in (scheme, adapter) if change is not None]
     if kind is not None and changes:
         raise ValueError(f"{source} is in the original authors' layout; first convert it, then what comes out")
@@ -165,8 +168,8 @@ def convert(source, out, scheme=None, adapter=None, vision=None, base=None):
     if kind is None and len(changes) != 1:
         raise ValueError("give --quantize or --adapter, one of the two; to do both, merge the adapter first and quantise the result")
     partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     if kind is not None:
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
         convert_original(kind, source, partial, clip, base)
     elif adapter is None:
         quantize(source, partial, scheme)

@@ -35,8 +35,9 @@ def greedy(model, ids, pixel_values=None, max_new_tokens=64):
 @torch.no_grad()
 def greedy_cached(model, ids, pixel_values=None, max_new_tokens=64):
     """The same with a KV cache: what was computed of earlier tokens does not change, so each pass is of the new ones alone."""
-    room = model.config.features_per_image * int((ids == model.config.image_id).sum()) + ids.shape[1] + max_new_tokens
-    cache = KVCache(model.config.text, 1, room, model.device, model.dtype)
+    pictures = int((ids == model.config.image_id).sum())
+    length = ids.shape[1] + pictures * model.config.features_per_image + max_new_tokens  # enough for all
+    cache = KVCache(model.config.text, 1, length, model.device, model.dtype)
     logits = model(ids, pixel_values, cache=cache).logits  # prefill: all tokens of the prompt in one pass
     for _ in range(max_new_tokens):
         token = logits[:, -1].argmax(-1)

@@ -65,7 +65,8 @@ class ImageProcessor:
         # in float32, in this order: that makes it equal to transformers to the last bit.
         levels = (np.arange(256, dtype=np.float64) * 0.00392156862745098).astype(np.float32)[:, None]
         table = (levels - np.array(self.image_mean, np.float32)) / np.array(self.image_std, np.float32)  # (256, 3)
-        return torch.from_numpy(table[pixels, [0, 1, 2]]).permute(0, 3, 1, 2).contiguous()
+        values = table[pixels, [0, 1, 2]]  # (N, side, side, 3): for each byte its row of the table, for each colour its column
+        return torch.from_numpy(values).permute(0, 3, 1, 2).contiguous()
 
     def _check_size(self, image, pad):
         """Raises ValueError for a picture without pixels, or whose resized or padded form would have far too many."""

@@ -86,8 +86,8 @@ def _expanded(ids, pixels, mask, labels, config):
 def _expand(ids, mask, labels, config):
     """Each `<image>` id (B, T) as many times as it has features, mask and labels with it, the rows padded on the left again.
 
-    Where a row with a picture had been the shorter one, its old padding has become needless: what is padding in all rows
-    is left away.
+    A short row with a picture may now be the longest, and its old padding is needless: columns that are padding in all rows
+    are removed.
     """
     given, image_id, P = ids.tolist(), config.image_id, config.features_per_image
     width = max(len(expand_images(row, image_id, P)) for row in given)

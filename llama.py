@@ -221,10 +221,12 @@ class Llama(nn.Module):
         B, T, _ = x.shape
         real = x.new_ones(B, T, dtype=torch.bool) if attention_mask is None else attention_mask
         if cache is None:
-            slots, counted, seen = torch.arange(T, device=x.device), (real.cumsum(1) - 1).clamp(min=0), T
+            slots, seen = torch.arange(T, device=x.device), T
+            counted = (real.cumsum(1) - 1).clamp(min=0)  # how many real tokens stand before this one
         else:
             slots, counted = cache.take(real)
-            real, seen = cache.real, T if plain else cache.extent()
+            real = cache.real
+            seen = T if plain else cache.extent()
         mask = None
         if not plain:
             mask = torch.where(visible(real[:, :seen], slots, self.config.sliding_window), 0.0, -torch.inf).to(x.dtype)  # (B, 1, T, S)

@@ -108,12 +108,13 @@ class Llava(nn.Module):
         inputs = prepare(
             self.config, self.device, self.dtype, input_ids, pixel_values, attention_mask, positions, inputs_embeds, labels, cache
         )
-        embeds, features = inputs.embeds, None
         states = [] if output_hidden_states else None
         maps = [] if output_attentions else None
 
-        if embeds is None:
+        if inputs.embeds is None:
             embeds, features = self.embed(inputs.ids, pixel_values)  # (B, T, D): CLIP, projector, splice
+        else:
+            embeds, features = inputs.embeds, None
         x = self.language_model(embeds, inputs.mask, inputs.positions, cache, states, maps)  # (B, T, D)
         logits = self.language_model.lm_head(x)  # (B, T, vocabulary)
         loss = None if inputs.labels is None else next_token_loss(logits, inputs.labels)

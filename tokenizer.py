@@ -167,7 +167,10 @@ def expand_images(ids, image_id, count, values=None):
 
     values: what belongs to the ids one by one (a mask, labels): repeated in the same places, and returned in their stead.
     """
-    return [value for i, value in zip(ids, ids if values is None else values) for _ in range(count if i == image_id else 1)]
+    expanded = []
+    for i, value in zip(ids, ids if values is None else values):
+        expanded += [value] * (count if i == image_id else 1)
+    return expanded
 
 
 SYSTEM = (

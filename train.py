@@ -164,7 +164,8 @@ def held_out_loss(model, loader, autocast, group):
     with autocast:
         for ids, labels, pixels in loader:
             learnt = (labels[:, 1:] != IGNORED).sum().item()
-            total, words = total + model(ids, pixels, labels=labels).loss.item() * learnt, words + learnt
+            total += model(ids, pixels, labels=labels).loss.item() * learnt  # the loss is a mean over the learnt words
+            words += learnt
     model.train(training)
     group.reshard(model)
     return total / words

@@ -1,4 +1,4 @@
-"""What a CPU does faster than the plain forms of the book. `weights.load.suit` puts it into a model once, when it is loaded.
+"""What a CPU does faster than the plain forms in llama.py and clip.py. `weights.load.suit` puts it into a model once, when it is loaded.
 
 A decode step has one row, and multiplies each matrix with a vector: there numba's kernels (`kernels.py`) read the matrix as fast as memory
 gives it. numba is optional; without it PyTorch's own kernels are used. A prompt has many rows: there PyTorch's products are used, in
@@ -66,7 +66,12 @@ def opaque(result):
     def decorate(function):
         operation = torch.library.custom_op(f"llava_py::{function.__name__}", function, mutates_args=())
         operation.register_fake(result)
-        return wraps(function)(lambda *tensors: operation(*tensors) if torch.compiler.is_compiling() else function(*tensors))
+
+        @wraps(function)
+        def call(*tensors):
+            return operation(*tensors) if torch.compiler.is_compiling() else function(*tensors)
+
+        return call
 
     return decorate
 

@@ -1,4 +1,4 @@
-"""What a GPU does faster than the plain forms of the book. `weights.load.suit` puts it into a model once, when it is loaded."""
+"""What a GPU does faster than the plain forms in llama.py. `weights.load.suit` puts it into a model once, when it is loaded."""
 
 import torch
 import torch.nn as nn

@@ -60,7 +60,8 @@ class Graph:
                 self.failed = True
                 reason = str(error).strip().partition("\n")[0]
                 print(f"the decode step could not be captured as a CUDA graph ({reason}); it runs without one, slower", file=sys.stderr)
-            cache.length.copy_(length), cache.real.copy_(real)  # as if capturing had not been; its slot is written again
+            cache.length.copy_(length)  # capturing ran the step: take back the slot that it took
+            cache.real.copy_(real)
         if self.failed:
             step, _ = self.source
             return step(token, alive, cache)

@@ -99,14 +99,15 @@ def plain_pictures():
 
 
 def marked_pictures():
-    """Pictures with one mark each: of every kind one, an ellipse first."""
+    """Marked pictures, of which each asks about a mark of another kind, an ellipse first. The first has one mark, the others up to four."""
     kinds = ["ellipse", *(kind for kind in marks.KINDS if kind != "ellipse")]
     found, questions = [], [*marked.ABOUT_ONE.values()]
     for n, kind in enumerate(kinds):
         random = Random(f"page one mark {n}")
-        scene, layout, pairs = marked.marked_scene(random, 1, kind, held_out=True)
+        count = 1 if n == 0 else 2 + n % 3
+        scene, layout, pairs = marked.marked_scene(random, count, kind, held_out=True)
         ask = questions[n % len(questions)]
-        found.append(example(layout, pairs, *ask(scene, pairs, random)))
+        found.append(example(layout, pairs, *ask(scene, pairs[:1], random)))
     return found
 
 

@@ -387,7 +387,7 @@ def test_the_adapter_of_the_page(monkeypatch, chat):
     for name in ("lmms_eval", "lmms_eval.api"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, "lmms_eval.api.model", module)
-    code = (ROOT / "docs/evaluate.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    code = (ROOT / "docs/evaluate.md").read_text(encoding="utf-8").split("```py\n")[1].split("```")[0]
     names = {}
     exec(code, names)
     model = names["LlavaPy"]("tiny/llava", device="cpu", batch_size="2")

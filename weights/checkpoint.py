@@ -254,7 +254,8 @@ def fill(model, stored, device, dtype, quantizers=None, copy=False, keep=()):
     copy: also what changes neither device nor type. It stays in its file otherwise, which the system maps into memory.
     Raises ValueError, before any weight is read, if the parameters are not exactly those of the files.
     """
-    quantizers, packed = quantizers or {}, {name: buffer.dtype for name, buffer in model.named_buffers()}
+    quantizers = quantizers or {}
+    packed = {name: buffer.dtype for name, buffer in model.named_buffers()}
     shapes = {name: tuple(tensor.shape) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
     found = differences(shapes, packed, stored)
     if found:
@@ -268,8 +269,8 @@ def fill(model, stored, device, dtype, quantizers=None, copy=False, keep=()):
         elif name in packed:
             setattr(model.get_submodule(parent), leaf, tensor.to(device, copy=copy))
         else:
-            kept = None if name in keep else dtype
-            parameter = nn.Parameter(tensor.to(device, kept, copy=copy), requires_grad=False)
+            wanted = tensor.dtype if name in keep else dtype
+            parameter = nn.Parameter(tensor.to(device, wanted, copy=copy), requires_grad=False)
             setattr(model.get_submodule(parent), leaf, parameter)
 
 

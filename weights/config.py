@@ -65,7 +65,9 @@ class LlavaConfig:
 
 def llava_config(raw, generation):
     """A LlavaConfig from what config.json and generation_config.json hold. Raises ValueError, naming the field."""
-    raw = {"model_type": None, "image_token_index": raw.get("image_token_id", IMAGE_ID), **raw}
+    raw = dict(raw)
+    raw.setdefault("model_type", None)  # so that a file without one is refused below
+    raw.setdefault("image_token_index", raw.get("image_token_id", IMAGE_ID))  # newer files call it image_token_id
     vip = raw["model_type"] == "vipllava"
     if vip:  # it has no choice here, whatever its files say
         raw["vision_feature_select_strategy"], raw["multimodal_projector_bias"] = "default", True

@@ -1,6 +1,6 @@
 """From files to a model: each weight is read straight to where it stays, and what is faster on the device takes its place.
 
-`load` is the body of `Llava.from_pretrained`. It is handed the class, so that `llava.py` knows no files and no devices.
+`load` is the body of `Llava.from_pretrained`. It is handed the class, because `llava.py` imports this file.
 """
 
 from dataclasses import replace
@@ -31,8 +31,9 @@ def load(cls, folder_or_hub_name, device, dtype, quantize, mapped):
         stored.pop("language_model.lm_head.weight", None)
     model = outline(cls, config, config.quantized)
     makers = quantizers(model, quantize) if quantize else {}
-    keep = kept(model, stored, device, dtype)
-    fill(model, stored, device, dtype, makers, copy=not mapped and torch.device(device).type == "cpu", keep=keep)
+    keep = stay_in_16_bits(model, stored, device, dtype)
+    copy = not mapped and torch.device(device).type == "cpu"  # otherwise a CPU's weights stay in their files
+    fill(model, stored, device, dtype, makers, copy=copy, keep=keep)
     if tied:
         tie_head(model.language_model, makers.get("language_model.lm_head.weight"))
     for layer in model.modules():
@@ -42,7 +43,7 @@ def load(cls, folder_or_hub_name, device, dtype, quantize, mapped):
     return model.eval()
 
 
-def kept(model, stored, device, dtype):
+def stay_in_16_bits(model, stored, device, dtype):
     """Names of the linear layers' weights that stay in the 16 bits in which they are stored, though the model computes in float32: on
     a CPU with kernels that make float32 of them as they read them. The numbers are the same, in half the bytes."""
     if dtype != torch.float32 or not has_kernels(model, device):
@@ -56,7 +57,7 @@ def loaded_bytes(cls, folder, config, device, dtype, scheme=None):
     model = outline(cls, config, scheme)
     weights = weight_bytes(model, dtype)
     if dtype == torch.float32 and not config.quantized and has_kernels(model, device):
-        for name in kept(model, read_headers(folder), device, dtype):
+        for name in stay_in_16_bits(model, read_headers(folder), device, dtype):
             weights -= 2 * model.get_parameter(name).numel()  # of 4 bytes 2 are stored
     return weights
 

@@ -136,7 +136,9 @@ class Int4:
 
     @staticmethod
     def dequantize(weight, scales, dtype):
-        q = unpack(weight).T.view(torch.int8).sub_(8).to(dtype).view(len(scales), -1, scales.shape[1])  # (K / group, group, N)
+        q = unpack(weight).T  # (K, N), 0 … 15
+        q = q.view(torch.int8).sub_(8).to(dtype)  # −8 … 7
+        q = q.view(len(scales), -1, scales.shape[1])  # (K / group, group, N)
         scales, zeros = scales.to(dtype).permute(2, 0, 1).contiguous()[:, :, None]  # (K / group, 1, N), each in one piece
         return torch.addcmul(zeros, q, scales, out=q).flatten(0, 1).T
 

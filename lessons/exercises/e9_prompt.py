@@ -14,7 +14,8 @@ The ids have to be those of the whole conversation, as it will be read in chat: 
 """
 
 
-def encode_conversation(record, tokenizer, style):
-    """Two lists of one length, ids and labels. style: "llava", "bakllava" or "vip". Raises ValueError for a record without
+def encode_conversation(record, tokenizer, style, system=None):
+    """Two lists of one length, ids and labels. style: "llava", "bakllava" or "vip"; system: a system sentence, the first message,
+    or None. A first turn of the assistant's is skipped. Raises ValueError for a record without
     turns, or whose speakers are not human and gpt in turn, beginning with human and ending with gpt."""
     raise NotImplementedError("exercise 9: encode the conversation and lay its labels beside it")

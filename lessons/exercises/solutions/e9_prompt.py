@@ -3,11 +3,14 @@
 from tokenizer import chat_prompt
 
 
-def encode_conversation(record, tokenizer, style):
+def encode_conversation(record, tokenizer, style, system=None):
     turns = record["conversations"]
+    if turns and turns[0]["from"] == "gpt":
+        turns = turns[1:]
     if not turns or len(turns) % 2 or any(turn["from"] != ("human", "gpt")[n % 2] for n, turn in enumerate(turns)):
         raise ValueError(f"speakers are {[turn['from'] for turn in turns]}; expected human and gpt in turn")
-    messages, ids, labels = [], [], []
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    ids, labels = [], []
     for turn in turns:
         if turn["from"] == "human":
             pictures = [{"type": "image"}] * turn["value"].count("<image>")
