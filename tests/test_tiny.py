@@ -142,10 +142,13 @@ def test_the_bundled_checkpoint_sees():
     assert rows["all"]["with noise for the picture"] <= 0.35
 
 
-def test_the_bundled_vip_llava_sees_marks():
-    """A sample of what `python -m tiny.grade --model tiny/vip-llava` measures in full, and the same without the marks."""
-    rows = grade_marks(Chat.from_pretrained("tiny/vip-llava", dtype=torch.float32), count=160, seed=2)["question"]["all"]
-    assert rows["right"] >= 0.4 and rows["marks left off"] <= rows["right"] - 0.1
+def test_the_bundled_vip_llava_reads_which_mark_is_meant():
+    """A sample of what `python -m tiny.grade --model tiny/vip-llava` measures in full, and its controls."""
+    tables = grade_marks(Chat.from_pretrained("tiny/vip-llava", dtype=torch.float32), count=160, seed=2)
+    rows = tables["question"]["all"]
+    assert rows["right"] >= 0.8 and rows["another mark: right"] >= 0.8
+    assert rows["another mark: the same answer, wrongly"] <= 0.15 and rows["marks left off"] <= 0.4
+    assert [*tables["marks"]] == ["1", "2", "3", "4", "all"] and tables["marks"]["1"]["another mark: right"] is None
 
 
 def test_the_bundled_vip_llava_chats_about_a_mark_that_is_added(tmp_path):

@@ -1,4 +1,4 @@
-"""The tiny world with visual prompts on it: one or two marked things among several, and questions that refer to the marks.
+"""The tiny world with visual prompts on it: one to four marked things among several, and questions that refer to the marks.
 
 python -m tiny.marked           # writes tiny/marked-data: pictures, and conversations in LLaVA's own format
 """
@@ -156,7 +156,7 @@ def write(folder, count, seed):
     align, instruct, held_out, unmarked = [], [], [], []
     for n in tqdm(range(count), desc="drawing", unit="picture"):
         random = Random(f"{seed} marked {n}")
-        scene, layout, marked = marked_scene(random, 1 + n % 4)
+        scene, layout, marked = marked_scene(random, 1 + n % MOST_MARKS)
         name, file = f"{n:06d}", f"images/{n:06d}.png"
         picture(layout, marked).save(folder / file)
         align.append(llava_record(name, file, [ask_description(scene, random), ask_marked_description(scene, marked, random)]))
