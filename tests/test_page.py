@@ -432,7 +432,7 @@ def test_the_page_of_a_vip_llava_draws_marks(browser, vip, vip_file):
       await ready;
       await show_example(3);
       $("drawing").open = true;
-      state.scene.marks.length = 0;
+      state.scene = {...state.scene, marks: []};
       const thing = state.scene.things[0], before = painted({...state.scene, marks: []}), questions = {};
       const choose = (name, value) => { document.querySelector(`#tools [name=${name}]`).value = value; };
       for (const mark of Object.keys(MARKS.kinds)) {
