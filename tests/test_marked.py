@@ -15,7 +15,7 @@ from tiny.refer import ANSWER_BLOCK, COLOUR_BLOCK, where_to_look
 from tiny.world import COLOURS as SHADES
 from tiny.world import PLACES, is_held_out, llava_record, paint
 from tokenizer import Tokenizer
-from train import encode_conversation
+from training.data import encode_conversation
 
 
 @pytest.mark.parametrize("kind", KINDS)

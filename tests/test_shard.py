@@ -151,7 +151,8 @@ def test_a_share_of_nothing_is_refused(tmp_path):
 
     class Arguments:
         out, batch_size = tmp_path, 2
-        lora = lora_alpha = lora_dropout = projector_lr = quantize = None
+        lora = lora_alpha = lora_dropout = projector_lr = quantize = style = system = None
+        stage, format = 2, "chat"
 
     with pytest.raises(ValueError, match="--batch-size is 2, to be shared by 4 processes; give at least 4"):
         train.train(Arguments, Four)
