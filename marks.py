@@ -71,7 +71,8 @@ class Mark:
     Widths and lengths are in pixels of a picture whose longer side is 336 and grow with the picture. What the original
     draws at random has a parameter here: `aspect` of a point, wider (above 1) or higher (below); and of an arrow the
     `angle` at which its tail lies, in degrees clockwise from the right (None: towards the picture's middle), its
-    `length`, the part of it that is `head`, whether that is `filled`, and how far its shaft is `bent` sideways. A kind
+    `length`, the part of it that is `head`, whether that is `filled`, and how far its shaft is `bent` sideways. Shaft and
+    head both begin at the tip, and together they are as long as `length`: the tail lies at length · (1 − head). A kind
     leaves aside what is another's. Raises ValueError for whatever is not a mark.
     """
 
@@ -228,9 +229,10 @@ def _arrow(pen, mark, tip, size, ink, width):
     angle = math.atan2(size[1] / 2 - y, size[0] / 2 - x) if mark.angle is None else math.radians(mark.angle)
     length = mark.length * scale
     head = max(mark.head * length, 6 * scale)
+    shaft = max(length - head, 0)
     at = lambda distance, turn=0.0: (x + distance * math.cos(angle + turn), y + distance * math.sin(angle + turn))
-    bend = math.hypot(length / 2, mark.bent * scale), math.atan2(mark.bent * scale, length / 2)
-    pen.line([tip, at(*bend), at(length)], fill=ink, width=width, joint="curve")
+    bend = math.hypot(shaft / 2, mark.bent * scale), math.atan2(mark.bent * scale, shaft / 2)
+    pen.line([tip, at(*bend), at(shaft)], fill=ink, width=width, joint="curve")
     barbs = [at(head, math.pi / 3), tip, at(head, -math.pi / 3)]
     if mark.filled:
         pen.polygon(barbs, fill=ink)

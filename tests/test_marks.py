@@ -76,7 +76,7 @@ def test_nothing_changes_out_of_reach(kind):
             "ellipse": 0,
             "mask": 0,
             "point": (mark.width or 0) * scale * max(mark.aspect, 1 / mark.aspect),
-            "arrow": max(mark.length, 6) * scale + (abs(mark.bent) + (mark.width or 0)) * scale,
+            "arrow": max(mark.length * max(mark.head, 1 - mark.head), 6) * scale + (abs(mark.bent) + (mark.width or 0)) * scale,
             "mask contour": 2 * (mark.width or 0) * scale + 2,
         }.get(kind, (mark.width or 0) * scale)
         left, top, right, bottom = extent(drawn(mark, size))
@@ -118,7 +118,7 @@ def test_default_widths_and_alpha_are_the_demos():
         ("ellipse 100,100,500,500", (slice(0, 300), 300), 6),
         ("triangle 100,100,500,500", (slice(400, 672), 300), 6),
         ("scribble 100,300,500,300", (slice(0, 672), 300), 6),
-        ("arrow 100,300 angle=0", (slice(0, 672), 180), 6),
+        ("arrow 100,300 angle=0", (slice(0, 672), 150), 6),
         ("mask contour 100,100,500,500", (300, slice(0, 300)), 5),
         ("point 300,300", (300, slice(0, 672)), 33),
     ],
@@ -154,10 +154,21 @@ def test_an_arrow_touches_its_target_and_comes_from_where_it_is_said():
     for angle in range(0, 360, 15):
         changed = drawn(Mark("arrow", (168, 168), angle=angle, alpha=255), (336, 336))
         assert changed[167:170, 167:170].any()
-        x, y = round(46 * math.cos(math.radians(angle))), round(46 * math.sin(math.radians(angle)))
+        x, y = round(30 * math.cos(math.radians(angle))), round(30 * math.sin(math.radians(angle)))
         assert changed[167 + y : 170 + y, 167 + x : 170 + x].any() and not changed[167 - y : 170 - y, 167 - x : 170 - x].any()
     towards_the_middle = drawn(Mark("arrow", (300, 168)), (336, 336))
-    assert extent(towards_the_middle)[2] <= 302 and extent(towards_the_middle)[0] <= 252
+    assert extent(towards_the_middle)[2] <= 302 and 265 <= extent(towards_the_middle)[0] <= 269
+
+
+@pytest.mark.parametrize("head, tail", [(0.2, 40), (0.35, 32.5), (0.5, 25)])
+def test_an_arrows_tail_lies_at_its_length_without_its_head(head, tail):
+    # The original's farthest pixels lie 32.4 and 25.0 from the tip with heads of 0.35 and 0.5.
+    changed = drawn(Mark("arrow", (168, 168), angle=0, length=50, head=head, width=1, alpha=255), (336, 336))
+    assert abs(np.flatnonzero(changed[168]).max() - 168 - tail) <= 1
+
+
+def test_an_arrow_that_is_all_head_has_no_shaft_on_the_other_side():
+    assert extent(drawn(Mark("arrow", (168, 168), angle=0, length=3, width=1), (336, 336)))[0] >= 167
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I", "F", "I;16"])

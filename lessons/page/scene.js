@@ -185,8 +185,9 @@ function trace_mark(brush, {kind, coordinates, width, ...more}) {
 // An arrow whose tip is at (x, y), its head open by 60° to either side of the shaft.
 function trace_arrow(brush, x, y, {angle, length, head, filled, bent}) {
   const turn = angle * Math.PI / 180, long = length * SCALE, barb = Math.max(head * long, 6 * SCALE), off = bent * SCALE;
+  const shaft = Math.max(long - barb, 0);
   const at = (distance, more = 0) => [x + distance * Math.cos(turn + more), y + distance * Math.sin(turn + more)].map(Math.floor);
-  [at(0), at(Math.hypot(long / 2, off), Math.atan2(off, long / 2)), at(long)].forEach(point => brush.lineTo(...point));
+  [at(0), at(Math.hypot(shaft / 2, off), Math.atan2(off, shaft / 2)), at(shaft)].forEach(point => brush.lineTo(...point));
   brush.stroke();
   brush.beginPath();
   [at(barb, Math.PI / 3), at(0), at(barb, -Math.PI / 3)].forEach(point => brush.lineTo(...point));
