@@ -40,19 +40,25 @@ def generate_many(
 ):  # fmt: skip
     """Continue many prompts, at most `rows` at once: yields (n, ids), a prompt's number and its answer, as the answers end.
 
-    prompts: an iterable of (n, Prompt), from which one is taken when a row is free; ends: a function that says of the ids of an answer
-    whether it ends with the last of them. Options as in `Llava.generate`; with a seed the draws are repeatable as a whole.
+    prompts: an iterable of Prompts, numbered from 0; one is taken when a row is free. In the place of a Prompt may stand the ValueError
+        that says why there is none: it is given back as the answer.
+    ends: a function that says of the ids of an answer whether it ends with the last of them.
+
+    Options as in `Llava.generate`. With a seed, all draws together are repeatable.
     """
     random = None if seed is None else torch.Generator(model.device).manual_seed(seed)
     choose = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, random=random)
     batch = Batch(model, rows, choose, repetition_penalty)
-    waiting, under_way = iter(prompts), {}  # row -> Answer
+    waiting, under_way = enumerate(prompts), {}  # row -> Answer
 
     while True:
         for row in range(rows):
             if row in under_way:
                 continue
-            for n, prompt in waiting:  # the first token of an answer may be its last: then the row takes another
+            for n, prompt in waiting:  # until one goes on: the first token of an answer may be its last
+                if isinstance(prompt, ValueError):
+                    yield n, prompt
+                    continue
                 limit = min(max_new_tokens, model.config.text.max_position_embeddings - len(prompt.ids))
                 answer = Answer(n, [batch.begin(row, prompt, limit)], limit)
                 if len(answer.ids) < limit and not ends(answer.ids):

@@ -10,6 +10,7 @@ import time
 from contextlib import closing
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from hardware.processes import are_several
@@ -23,6 +24,39 @@ HELP = """A line is a question, or one of
   /reset          begin a new conversation, without pictures
   /help           this list
 Ctrl-C ends an answer, and at the prompt the chat, as Ctrl-D does."""
+
+
+# Standard input and output
+
+
+def open_streams():
+    """Make the standard streams usable: closed ones are opened, and a character that a terminal cannot show becomes "?"."""
+    for stream, way in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, stream) is None:  # closed by whoever started us
+            setattr(sys, stream, open(os.devnull, way))
+    sys.stdout.reconfigure(errors="replace")
+
+
+class Heard:
+    """Standard input of several processes: what the first one reads, all of them get."""
+
+    def __init__(self, processes, stdin):
+        self.heard, self.stdin = processes.heard, stdin
+
+    def readline(self):
+        return self.heard(self.stdin.readline)
+
+    def read(self):
+        return self.heard(self.stdin.read)
+
+
+def hear_together(processes):
+    """Give all processes what the first one reads, and one seed: without --seed too they draw the same tokens."""
+    sys.stdin = Heard(processes, sys.stdin)
+    torch.manual_seed(int(processes.heard(lambda: str(torch.seed()))))
+
+
+# A question and its pictures
 
 
 def names_a_picture(text):
@@ -77,6 +111,9 @@ def mark(images, marks, file):
     return [marked]
 
 
+# An answer
+
+
 def answer(chat, args, question, images):
     """Print one answer as it comes, then how long it took, and whether a limit ended it."""
     if args.show_prompt:
@@ -97,6 +134,9 @@ def answer(chat, args, question, images):
         print(f"cut off after {chat.tokens} tokens by --max-new-tokens", file=sys.stderr)
     elif chat.cut_off == "context":
         print(f"cut off after {chat.tokens} tokens: the context is full" + "; /reset begins anew" * args.chat, file=sys.stderr)
+
+
+# A chat
 
 
 class Conversation:

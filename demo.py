@@ -20,9 +20,11 @@ import threading
 import time
 from pathlib import Path
 
-import sample
+from converse import advice
 from images import open_image
+from loading import add_loading_options, load
 from marks import COLOURS
+from sample import fail
 from visitors import IDLE, Device, Visitor, as_png, fork, reason
 
 HERE = Path(__file__).parent
@@ -235,11 +237,11 @@ def application(demo, auth=None):
 
 def read_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = sample.fail
+    parser.error = fail
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at [127.0.0.1: for this machine only]")
     parser.add_argument("--port", type=int, default=7860, help="[7860]")
     parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask visitors for these; needed where others can reach the page")
-    sample.add_loading_options(parser, "tiny/vip-llava")
+    add_loading_options(parser, "tiny/vip-llava")
     parser.set_defaults(question=None, chat=True, max_new_tokens=512, system=None, pad=False)  # what the page settles
     return parser.parse_args()
 
@@ -269,7 +271,7 @@ def serve(args):
     if args.model is None:
         args.model, name, example = str(BUNDLED), "tiny/vip-llava, which knows drawn shapes only", HERE / "tiny" / "example.png"
     with open_port(args) as listening:
-        demo = Demo(sample.load(args, pictures=1), name, example, args.scale_grey)
+        demo = Demo(load(args, pictures=1), name, example, args.scale_grey)
         print(f"http://{args.host}:{listening.getsockname()[1]}/", flush=True)
         config = uvicorn.Config(application(demo, args.auth), log_level="warning", access_log=False, timeout_graceful_shutdown=1)
         uvicorn.Server(config).run([listening])
@@ -279,9 +281,9 @@ def main():
     try:
         serve(read_arguments())
     except (ValueError, OSError) as error:
-        sample.fail(error)
+        fail(error)
     except (RuntimeError, MemoryError) as error:
-        sample.fail(sample.advice(error))
+        fail(advice(error))
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -1,7 +1,7 @@
 """A prompt to words, one token at a time.
 
 `greedy` is the whole idea in ten lines; `greedy_cached` is the same with a KV cache. `generate` is what `Llava.generate` does: it
-also draws tokens (`sample`), takes several rows at once, and lets the device run ahead while the host reads the token before.
+also draws tokens at random (`sample`), continues several rows at once, and starts a step before the token of the last one is read.
 
 Shapes: B rows, T tokens of the prompt, D width.
 """
@@ -12,16 +12,16 @@ from functools import partial
 import torch
 
 from hardware.step import OnItsWay, fastest, run_ahead
-from inputs import prepare, room
+from inputs import check_options, mask_of_padding, prepare, room
 from llama import KVCache
 
 
 @torch.no_grad()
 def greedy(model, ids, pixel_values=None, max_new_tokens=64):
-    """Generation as on the board: run the model on everything so far, take the likeliest next token, append it, again.
+    """Run the model on everything so far, take the likeliest next token, append it, and again.
 
     ids: (1, T), with their `<image>`s; pixel_values as in Llava.forward. Yields each token as a number, the ending one
-    included. A token costs as much as the whole sequence before it, the vision tower included.
+    included. Each token costs a pass over the whole sequence before it, and one of the vision tower.
     """
     for _ in range(max_new_tokens):
         logits = model(ids, pixel_values).logits  # (1, T, vocabulary)
@@ -34,9 +34,9 @@ def greedy(model, ids, pixel_values=None, max_new_tokens=64):
 
 @torch.no_grad()
 def greedy_cached(model, ids, pixel_values=None, max_new_tokens=64):
-    """The same with a KV cache: what was computed of earlier tokens does not change, so each pass is of the new ones alone."""
+    """The same with a KV cache. The keys and values of earlier tokens do not change, so each pass computes the new tokens only."""
     pictures = int((ids == model.config.image_id).sum())
-    length = ids.shape[1] + pictures * model.config.features_per_image + max_new_tokens  # enough for all
+    length = ids.shape[1] + pictures * model.config.features_per_image + max_new_tokens
     cache = KVCache(model.config.text, 1, length, model.device, model.dtype)
     logits = model(ids, pixel_values, cache=cache).logits  # prefill: all tokens of the prompt in one pass
     for _ in range(max_new_tokens):
@@ -48,39 +48,42 @@ def greedy_cached(model, ids, pixel_values=None, max_new_tokens=64):
 
 
 def sample(logits, temperature, top_k, top_p, random):
-    """One id for each row of logits (B, vocabulary): (B,). Temperature first, then top-k, then top-p, as in transformers.
+    """The next token of each row: logits (B, vocabulary) to ids (B,). Temperature, then top-k, then top-p, as in transformers.
 
-    random: a torch.Generator, or None. Nothing is read back from the device.
+    random: a torch.Generator, or None. No value is read back from the device, so the host does not wait for it.
     """
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)  # largest 0: a tiny temperature makes no inf − inf
+    logits = logits - logits.amax(-1, keepdim=True)  # the largest is 0, so a tiny temperature makes no inf − inf
+    logits = logits / max(temperature, 1e-30)
     if top_k is not None:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
+        kth_largest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth_largest, -torch.inf)
     if top_p is not None:
         ordered, index = logits.sort(descending=True)
         probabilities = ordered.softmax(-1)
-        likelier = probabilities.cumsum(-1) - probabilities  # what all tokens before this one sum to
+        likelier = probabilities.cumsum(-1) - probabilities  # the sum over all tokens before this one
         likelier[:, 0] = -1  # the likeliest stays, however small top_p is
-        logits = logits.scatter(-1, index, ordered.masked_fill(likelier >= top_p, -torch.inf))
-    # With E exponential of rate 1, E / p is a clock of rate p, and of several such clocks i rings first with probability p_i:
-    # the smallest E / p is the largest p / E. (torch.multinomial draws alike, but looks at p first, and the host would wait.)
+        ordered = ordered.masked_fill(likelier >= top_p, -torch.inf)
+        logits = logits.scatter(-1, index, ordered)
+    # Draw with the probabilities p. Let each token wait for a time E / p, E drawn from the exponential distribution: token i then comes
+    # first with probability p_i, and the smallest E / p is the largest p / E. (torch.multinomial makes the host wait for a check of p.)
     probabilities = logits.softmax(-1)
-    return (probabilities / torch.empty_like(probabilities).exponential_(generator=random)).argmax(-1)
+    exponential = torch.empty_like(probabilities).exponential_(generator=random)
+    return (probabilities / exponential).argmax(-1)
 
 
 class Repetition:
-    """The repetition penalty (Keskar et al. 2019, https://arxiv.org/abs/1909.05858, section 4.1): what a row has said becomes less likely.
+    """The repetition penalty (Keskar et al. 2019, https://arxiv.org/abs/1909.05858, section 4.1): ids that a row holds become less likely.
 
-    An id that stands in the row, in its prompt or in its answer, has its logit divided by the penalty if that is positive, and multiplied
-    if it is negative, so that both become smaller. As in transformers, this comes before the temperature, an id counts once however
-    often it stands there, and `<image>` and `<pad>` are ids as others are. Nothing is read back from the device.
+    For each id in the row's prompt or answer, a positive logit is divided by the penalty and a negative one multiplied, so both become
+    smaller. As in transformers, this comes before the temperature, an id counts once, and `<image>` and `<pad>` are ids like others.
+    No value is read back from the device.
     """
 
     def __init__(self, ids, vocabulary, penalty):
-        """ids: (B, T), what stands in the rows so far."""
+        """ids: (B, T), what the rows hold so far."""
         self.penalty = penalty
         self.said = torch.zeros(len(ids), vocabulary, dtype=torch.bool, device=ids.device)  # (B, vocabulary)
         self.said.scatter_(1, ids, True)
@@ -90,7 +93,7 @@ class Repetition:
         self.said.scatter_(1, token[:, None], True)
 
     def penalise(self, logits):
-        """(B, vocabulary) -> the same in float32."""
+        """Logits (B, vocabulary), of any type, to the same in float32."""
         logits = logits.float()
         less_likely = torch.where(logits < 0, logits * self.penalty, logits / self.penalty)
         return torch.where(self.said, less_likely, logits)
@@ -129,14 +132,14 @@ def generate(
 
 @torch.no_grad()
 def tokens(model, x, mask, cache, count, choose, eos, repetition=None):
-    """The loop: yields (B,) ids on the host, for each of at most `count` steps, until every row has ended.
+    """Read the steps: yields the ids (B,) of each, on the host, until every row has ended or `count` steps are done.
 
     x: (B, T, D), the embedded prompt; mask: (B, T) bool or None; choose: (B, vocabulary) logits -> (B,) ids; eos: ids that
-    end a row, as a tensor on the device; repetition: a Repetition, or None. After the prompt nothing here waits for the device
-    but the reading of a token, and on a GPU that is one step behind.
+    end a row, as a tensor on the device; repetition: a Repetition, or None. Only here does the host wait for the device; on a GPU
+    the next step is under way by then (`run_ahead`).
     """
-    launched = launch(model, x, mask, cache, count, choose, eos, repetition)
-    for token, alive, totals in run_ahead(launched, x.device):
+    steps = launch(model, x, mask, cache, count, choose, eos, repetition)
+    for token, alive, totals in run_ahead(steps, x.device):
         if not all(map(math.isfinite, totals.wait().tolist())):
             raise ValueError(f"the logits are not finite: weights are damaged, or too large for {model.dtype}; try another dtype")
         yield token.wait()
@@ -145,8 +148,8 @@ def tokens(model, x, mask, cache, count, choose, eos, repetition=None):
 
 
 def launch(model, x, mask, cache, count, choose, eos, repetition=None):
-    """Start the steps one after the other. Of each, three tensors (B,) are on their way to the host: the tokens, which rows go on, and
-    the sums of the logits, which a single infinity or NaN among them makes infinite or NaN."""
+    """Start the steps, one after the other. Yields three tensors (B,) of each, on their way to the host: the tokens, which rows go on,
+    and the sums of the logits. One infinity or NaN among the logits makes their sum infinite or NaN."""
     x = model.language_model(x, mask, cache=cache, last=True)  # prefill: (B, 1, D), as only the last position needs logits
     logits = model.language_model.lm_head(x[:, -1])  # (B, vocabulary)
     step = fastest(model.decode_step, model.language_model, cache)
@@ -164,31 +167,7 @@ def launch(model, x, mask, cache, count, choose, eos, repetition=None):
             logits = step(token, alive)  # decode: one token of each row
 
 
-def mask_of_padding(ids, config):
-    """The attention mask of a padded batch that came without one, as in transformers: `<pad>` is never a word. None where there is no
-    padding, or where a checkpoint pads with the token that ends an answer."""
-    padding = ids == config.pad_id
-    if config.pad_id in config.eos_ids or not padding.any():
-        return None
-    return ~padding
-
-
-def check_options(max_new_tokens, temperature, top_k, top_p, seed, repetition_penalty=1.0):
-    """Raises ValueError for options of generation that make no sense."""
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
-    if not temperature >= 0:
-        raise ValueError(f"temperature is {temperature}; expected 0 (greedy) or more")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}; expected at least 1")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}; expected more than 0 and at most 1")
-    if seed is not None and not 0 <= seed < 2**63:
-        raise ValueError(f"seed is {seed}; expected 0 to 2^63 - 1")
-    if not 0 < repetition_penalty < math.inf:
-        raise ValueError(f"repetition_penalty is {repetition_penalty}; expected more than 0: 1 changes nothing, 1.2 repeats less")
-
-
 def cache_length(config, tokens):
-    """The size of a cache for so many tokens: rounded up, so that few sizes occur. Each size is compiled or captured anew."""
-    return min(tokens + -tokens % 256, config.text.max_position_embeddings)
+    """The size of a cache for so many tokens: a multiple of 256, so that few sizes occur. Each size is compiled or captured anew."""
+    rounded_up = -(-tokens // 256) * 256
+    return min(rounded_up, config.text.max_position_embeddings)

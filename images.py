@@ -1,8 +1,8 @@
 """Pictures: a file or an address (`opening.py`), an upright RGB picture, pixel values.
 
-The vision tower takes squares of one size, whose colours are normalised as they were when it was trained. The short side is
-resized first and the centre cropped afterwards: so a picture keeps its proportions, and of a long one the ends are lost.
-(Cropping first would show the tower a part at full sharpness and lose far more.)
+The vision tower takes squares of one size, with colours normalised as they were when it was trained. A picture is resized by its
+short side, then the centre is cropped: it keeps its proportions, and a long picture loses its ends. (Cropping first would keep
+full sharpness and lose far more of the picture.)
 """
 
 import json
@@ -22,8 +22,8 @@ def open_image(source, scale_grey=False):
     """A picture, turned upright as its EXIF says, fully decoded. An animation gives its first frame.
 
     source: a file's name, a file://, http:// or https:// address, or a file that is open for reading bytes.
-    scale_grey: make 8 bits of greyscale that has more (see `opening.scaled_grey`). Without it such a picture is as transformers has it:
-        values above 255 are white. This is said on standard error, once for each kind of picture.
+    scale_grey: scale greyscale of more than 8 bits to 8 (see `opening.scaled_grey`). Without it values above 255 are white, as in
+        transformers, and a line on standard error says so, once for each kind of picture.
     Raises FileNotFoundError, or ValueError for what cannot be read, is no picture, is cut short, or is too large to decode safely.
     """
     with read_bytes(source) as file:
@@ -48,9 +48,9 @@ class ImageProcessor:
     def __call__(self, images, pad=False):
         """PIL images of any mode and size -> (N, 3, crop_size, crop_size) float32.
 
-        pad=True first pads to a square with the mean colour, as the original LLaVA code does, in training too: nothing is
-        cropped away, but the published Hugging Face checkpoints are not run that way. Raises ValueError for a picture that is empty,
-        or so elongated that it would fill the memory.
+        pad=True first pads to a square with the mean colour, so that nothing is cropped away. The original LLaVA code does this, in
+        training too; the published Hugging Face checkpoints are run without it. Raises ValueError for a picture that is empty, or so
+        elongated that it would fill the memory.
         """
         images = [to_rgb(image) for image in images]
         if not images:
@@ -61,8 +61,8 @@ class ImageProcessor:
             background = tuple(int(255 * m) for m in self.image_mean)
             images = [pad_to_square(image, background) for image in images]
         pixels = np.stack([self._resize_and_crop(image) for image in images])  # (N, side, side, 3) uint8
-        # A byte has 256 values, so scaling and normalising is a table look-up. The product is in float64 and the rest
-        # in float32, in this order: that makes it equal to transformers to the last bit.
+        # A byte has 256 values, so scaling and normalising are a table look-up. The product is in float64, the rest in float32: this
+        # makes it equal to transformers to the last bit.
         levels = (np.arange(256, dtype=np.float64) * 0.00392156862745098).astype(np.float32)[:, None]
         table = (levels - np.array(self.image_mean, np.float32)) / np.array(self.image_std, np.float32)  # (256, 3)
         values = table[pixels, [0, 1, 2]]  # (N, side, side, 3): for each byte its row of the table, for each colour its column
@@ -92,22 +92,7 @@ class ImageProcessor:
 
         Raises FileNotFoundError, or ValueError for what is damaged or asks for other steps than the ones above.
         """
-        path, raw = processor_config(Path(folder))
-        missing = [name for name in ("size", "crop_size", "image_mean", "image_std") if name not in raw]
-        if missing:
-            raise ValueError(f"{path} lacks {', '.join(missing)}")
-        values = dict(raw)
-        if isinstance(raw["size"], dict):
-            values["size"] = raw["size"].get("shortest_edge")
-        if isinstance(raw["crop_size"], dict) and raw["crop_size"].get("height") == raw["crop_size"].get("width"):
-            values["crop_size"] = raw["crop_size"].get("height")
-        for name, (fits, expected) in FIELDS.items():
-            if name in raw and not fits(values[name]):
-                raise ValueError(f"{path}: {name} is {raw[name]!r}; expected {expected}")
-        size, crop_size = values["size"], values["crop_size"]
-        if crop_size > size:
-            raise ValueError(f"{path}: crop_size {crop_size} is larger than the resized short side {size}")
-        return cls(size, crop_size, tuple(raw["image_mean"]), tuple(raw["image_std"]))
+        return cls(*read_settings(Path(folder)))
 
 
 def to_rgb(image):
@@ -127,6 +112,49 @@ def pad_to_square(image, background):
 
 
 # A checkpoint's settings
+
+
+STEPS = {  # as in every LLaVA; a file may say so, or leave it out
+    "do_resize": True,
+    "do_center_crop": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "do_convert_rgb": True,
+    "do_pad": False,
+    "resample": 3,  # bicubic
+    "rescale_factor": 1 / 255,
+}
+
+
+def read_settings(folder):
+    """The fields of an ImageProcessor: size, crop_size, image_mean, image_std."""
+    path, raw = processor_config(folder)
+    missing = [name for name in ("size", "crop_size", "image_mean", "image_std") if name not in raw]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}")
+    for name, expected in STEPS.items():
+        if name in raw and (raw[name] != expected or type(raw[name]) is not type(expected)):  # in Python 1 == True
+            raise ValueError(f"{path}: {name} is {raw[name]!r}; expected {json.dumps(expected)}, as in every LLaVA")
+    size, crop_size, mean, std = raw["size"], raw["crop_size"], raw["image_mean"], raw["image_std"]
+    if isinstance(size, dict):
+        size = size.get("shortest_edge")
+    if isinstance(crop_size, dict) and crop_size.get("height") == crop_size.get("width"):
+        crop_size = crop_size.get("height")
+    if type(size) is not int or size < 1:
+        raise ValueError(f"{path}: size is {raw['size']!r}; expected a positive whole number, or one as shortest_edge")
+    if type(crop_size) is not int or crop_size < 1:
+        raise ValueError(f"{path}: crop_size is {raw['crop_size']!r}; expected a positive whole number, or one as height and width, equal")
+    if crop_size > size:
+        raise ValueError(f"{path}: crop_size {crop_size} is larger than the resized short side {size}")
+    if not are_three_numbers(mean):
+        raise ValueError(f"{path}: image_mean is {mean!r}; expected three numbers, one for each colour")
+    if not are_three_numbers(std) or min(std) <= 0:
+        raise ValueError(f"{path}: image_std is {std!r}; expected three numbers above 0, one for each colour")
+    return size, crop_size, tuple(mean), tuple(std)
+
+
+def are_three_numbers(value):
+    return isinstance(value, list) and len(value) == 3 and all(type(number) in (int, float) for number in value)
 
 
 def processor_config(folder):
@@ -157,45 +185,3 @@ def json_object(path):
 def _without_null(pairs):
     """A JSON object, in which a field that is null counts as left out."""
     return {name: value for name, value in pairs if value is not None}
-
-
-def _positive(value):
-    return type(value) is int and value > 0  # JSON's true is no number, though Python's is
-
-
-def _three(value):
-    return isinstance(value, list) and len(value) == 3 and all(type(v) in (int, float) for v in value)
-
-
-def _three_above_0(value):
-    return _three(value) and min(value) > 0
-
-
-def _true(value):
-    return value is True
-
-
-def _false(value):
-    return value is False
-
-
-def _bicubic(value):
-    return value == Image.Resampling.BICUBIC
-
-
-def _a_255th(value):
-    return value in (1 / 255, 0.00392156862745098)
-
-
-# What preprocessor_config.json may say: (does the value fit, what was expected). What it leaves out is as in every LLaVA.
-FIELDS = {
-    "size": (_positive, "a positive whole number, or one as shortest_edge"),
-    "crop_size": (_positive, "a positive whole number, or one as height and width, equal"),
-    "image_mean": (_three, "three numbers, one for each colour"),
-    "image_std": (_three_above_0, "three numbers above 0, one for each colour"),
-    "resample": (_bicubic, "3 (bicubic), as in every LLaVA"),
-    "rescale_factor": (_a_255th, "1/255"),
-    "do_pad": (_false, "false, as in every LLaVA"),
-}
-for _step in ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"):
-    FIELDS[_step] = (_true, "true, as in every LLaVA")

@@ -13,26 +13,14 @@ import os
 import sys
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
-from chat import Chat
-from converse import advice, answer, converse, mark, names_a_picture, open_picture, read_question
-from hardware.device import WORKSPACE, choose_device, choose_dtype, free_memory
+from converse import advice, answer, converse, hear_together, mark, names_a_picture, open_picture, open_streams, read_question
 from hardware.processes import are_several
-from hardware.step import compiled
-from llava import Llava
+from loading import add_loading_options, load
 from marks import parse_mark, refer
-from tokenizer import STYLES
-from training.lora import load_adapter, refuse_merged
-from weights.checkpoint import checkpoint_folder
-from weights.config import LlavaConfig
-from weights.load import loaded_bytes, outline, suit
-from weights.memory import cache_bytes, size, weight_bytes, worth_copying
-from weights.quantize import GROUPS
 
-HERE = Path(__file__).parent
-BUNDLED_MODEL, BUNDLED_PICTURE = HERE / "tiny" / "llava", HERE / "tiny" / "example.png"
+BUNDLED_PICTURE = Path(__file__).parent / "tiny" / "example.png"
 QUESTION = "Describe the picture."
 
 
@@ -68,26 +56,10 @@ def argument_parser(command, description):
     return parser
 
 
-def add_loading_options(parser, bundled):
-    """The arguments that say which model `load` loads, and how: demo.py's, too. bundled: the name of the one that needs no --model."""
-    add = parser.add_argument_group("the model").add_argument
-    add("--model", help=f"checkpoint folder, or name on the Hugging Face hub [the bundled {bundled}]")
-    add("--adapter", metavar="DIR", help="what train.py --lora made for this model, or PEFT")
-    add("--style", choices=STYLES, help="the chat format [the model's own]")
-    add("--device", default="auto", help="cuda (or cuda:1 …), mps or cpu [the first of them that is there]")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="[what is fast on the device]")
-    add("--quantize", choices=GROUPS, help="the language model's weights in 8 or 4 bits, made while loading [as stored]")
-    add("--compile", action="store_true", help="compile the decode step first: up to about a minute, then more tokens a second")
-    add("--scale-grey", action="store_true", help="make 8 bits of greyscale pictures that have more, by the range of their values")
-
-
 def fail(message):
     """A user's mistake: one line on standard error, exit status 2."""
     print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
-
-
-# The question and its pictures
 
 
 def split_words(groups, question):
@@ -104,7 +76,7 @@ def split_words(groups, question):
 
 
 def read_arguments(args, processes):
-    """Settle the question and open the pictures: (pictures, marks). The question, with the words for its marks, is args.question."""
+    """Read the question and open the pictures: (pictures, marks). The question, with the words for its marks, is then args.question."""
     names, question = split_words(args.image, args.question)
     if "-" in names and (names.count("-") > 1 or question == "-" or args.chat or processes is not None):
         raise ValueError("--image - reads one picture from standard input: no second, no question and no chat, and for one process")
@@ -127,144 +99,6 @@ def read_arguments(args, processes):
     return images, marks
 
 
-# The model
-
-
-def load(args, pictures, processes=None):
-    """The chat, after one line that says what it will take, and an error if the device has not got it."""
-    folder = checkpoint_folder(BUNDLED_MODEL if args.model is None else args.model)
-    config = LlavaConfig.from_pretrained(folder)
-    parameters = sum(parameter.numel() for parameter in outline(Llava, config).parameters())
-    device = choose_device(args.device) if processes is None else processes.device(args.device)
-    dtype = choose_dtype(device, parameters) if args.dtype == "auto" else getattr(torch, args.dtype)
-    scheme = args.quantize or config.quantized
-    if processes is not None and (args.compile or args.adapter is not None or scheme is not None):
-        raise ValueError("--compile, --adapter and quantised weights are for one process; convert.py makes a checkpoint for several")
-
-    shares = 1 if processes is None else processes.size
-    if processes is None:
-        weights = loaded_bytes(Llava, folder, config, device, dtype, scheme)
-    else:  # a share of each weight, in dtype
-        weights = weight_bytes(outline(Llava, config), dtype)
-    cache = announce(args, config, parameters, device, dtype, scheme, weights, pictures, shares)
-    check_memory(config, device, dtype, scheme, weights, cache, shares)
-    if processes is None:
-        chat = Chat.from_pretrained(folder, device, dtype, args.quantize, mapped=not worth_copying(weights))
-    else:
-        from weights.shares import split  # here for the same reason as Processes below
-
-        chat = Chat.from_pretrained(folder)
-        split(chat.model, processes.mesh(device), device, dtype)
-        suit(chat.model)
-    if args.adapter is not None:
-        load_adapter(chat.model, args.adapter)
-        refuse_merged(folder, args.adapter)
-    chat.style, chat.system, chat.pad = args.style or chat.style, args.system, args.pad
-    tell_of_template(folder, chat.style)
-    if args.compile:
-        chat.model.decode_step = compiled(chat.model.decode_step, device)
-    return chat
-
-
-def tell_of_template(folder, style):
-    """One line if the checkpoint brings a chat template of another format than the style's: templates are not run here."""
-    path = folder / "chat_template.jinja"
-    if path.is_file() and STYLES[style].assistant.strip() not in path.read_text(encoding="utf-8", errors="replace"):
-        print(f"{path} is another format than {style!r}; it is not used: --style takes one of {', '.join(STYLES)}", file=sys.stderr)
-
-
-def announce(args, config, parameters, device, dtype, scheme, weights, pictures, shares):
-    """Say in one line what the model will take. Returns the bytes of the KV cache for the first question."""
-    most = config.text.max_position_embeddings
-    tokens = min(most, pictures * config.features_per_image + len(args.question or "") + args.max_new_tokens)
-    cache = cache_bytes(config, dtype, tokens)
-    line = f"{args.model or 'tiny/llava, which knows drawn shapes only'}: {parameters / 1e6:,.1f} M parameters on {device}"
-    line += f" in {scheme or str(dtype)[6:]}, {size(weights)} of weights and {size(cache)} of cache for {tokens} tokens"
-    if args.chat:
-        line += f", {size(cache_bytes(config, dtype, most))} for {most} at the end of a chat"
-    if shares > 1:
-        line += f", shared by {shares} processes"
-    print(line, file=sys.stderr)
-    return cache
-
-
-def check_memory(config, device, dtype, scheme, weights, cache, shares):
-    """Raises ValueError, with what would help, where weights and cache, shared by so many processes, do not fit what is free."""
-    free, held = free_memory(device), 1 / shares
-    if device == "cpu":
-        held = 1  # what is free is free for all processes together
-    needed = (weights + cache) * held
-    if device.startswith("cuda"):
-        needed += WORKSPACE
-    if free is None or needed <= free:
-        return
-    if weights * held < free:
-        hint = "use a smaller --max-new-tokens"
-    elif shares > 1 and device != "cpu":
-        hint = "use more processes, on more GPUs"
-    else:
-        hint = smaller(config, dtype, scheme, free) if shares == 1 else None
-        if hint is None:
-            hint = "use a smaller model" + " or --device cpu" * (device != "cpu")
-    raise ValueError(f"{device} has {size(free)} free, {size(needed)} are needed; {hint}")
-
-
-def smaller(config, dtype, scheme, free):
-    """The options with which the weights would fit, the least change first; None if there are none."""
-    dtypes = {"": dtype}
-    if dtype == torch.float32:
-        dtypes["--dtype bfloat16"] = torch.bfloat16
-    schemes = {"": scheme}
-    if scheme is None:
-        schemes |= {"--quantize int8": "int8", "--quantize int4": "int4"}
-    for s, name in schemes.items():
-        for d, other in dtypes.items():
-            try:
-                fits = weight_bytes(outline(Llava, config, name), other) < free
-            except ValueError:  # its layers cannot have this scheme
-                continue
-            if fits:
-                return "use " + " ".join(option for option in (d, s) if option)
-    return None
-
-
-def ask(chat, args, images, marks):
-    if not args.chat:
-        answer(chat, args, args.question, images)
-    elif status := converse(chat, args, images, marks):
-        sys.exit(status)
-
-
-class Heard:
-    """Standard input of several processes: what the first one reads, all of them get."""
-
-    def __init__(self, processes, stdin):
-        self.heard, self.stdin = processes.heard, stdin
-
-    def readline(self):
-        return self.heard(self.stdin.readline)
-
-    def read(self):
-        return self.heard(self.stdin.read)
-
-
-def hear_together(processes):
-    """Give all processes what the first one reads, and a seed: without --seed too they draw the same tokens."""
-    sys.stdin = Heard(processes, sys.stdin)
-    torch.manual_seed(int(processes.heard(lambda: str(torch.seed()))))
-
-
-# The command
-
-
-def open_streams():
-    """Standard streams that may be written to and read from, whoever started us."""
-    for stream, way in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, stream) is None:  # closed
-            setattr(sys, stream, open(os.devnull, way))
-    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
-
-
 def started_processes(parser):
     """This process among several that torchrun started, as a Processes; None if it is alone."""
     if not are_several():
@@ -279,8 +113,8 @@ def started_processes(parser):
 
 
 def run(parser, use):
-    """Read the arguments, open the pictures, load the model and call use(chat, args, images, marks); every mistake of the
-    user's is one line and exit status 2."""
+    """Read the arguments, open the pictures, load the model and call use(chat, args, images, marks). Every mistake of the user's is
+    one line and exit status 2."""
     open_streams()
     processes = started_processes(parser)
     args = parser.parse_args()
@@ -299,6 +133,14 @@ def run(parser, use):
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(130)
+
+
+def ask(chat, args, images, marks):
+    """Answer the question, or hold a chat that begins with it."""
+    if not args.chat:
+        answer(chat, args, args.question, images)
+    elif status := converse(chat, args, images, marks):
+        sys.exit(status)
 
 
 def main():

@@ -1,4 +1,5 @@
-"""What the tokenizer files of a checkpoint say: Llama's vocabulary, and the tokens that were added to it. Imports nothing of ours.
+"""What the tokenizer files of a checkpoint say: Llama's vocabulary, and the tokens that were added to it, found in a text.
+Imports nothing of ours.
 
 Published checkpoints have the vocabulary as a SentencePiece model, tokenizer.model. What transformers 5 saves has a tokenizer.json
 alone. It holds the same pieces and the merges that make them, so the same SentencePiece model can be made from it
@@ -15,6 +16,7 @@ from pathlib import Path
 from sentencepiece import SentencePieceProcessor
 
 SPECIAL_LITERALS = ("<unk>", "<s>", "</s>", "<image>", "<pad>")
+BLANKS = r"[^\S\x1c-\x1f]*"  # white space as Unicode has it; Python's also holds four control characters
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -29,6 +31,64 @@ class AddedToken:
     lstrip: bool = False  # takes the white space before it along
     rstrip: bool = False  # and that behind it
     single_word: bool = False
+
+    @property
+    def text(self):
+        """What is looked for in a text."""
+        return normalize(self.content) if self.normalized else self.content
+
+
+def normalize(text):
+    """A text as SentencePiece sees it."""
+    return "▁" + text.replace(" ", "▁")
+
+
+class Finder:
+    """Finds AddedTokens in a text; where several fit, the longest."""
+
+    def __init__(self, tokens):
+        self.ids = {token.text: token.id for token in tokens}
+        parts = []
+        for token in sorted(tokens, key=lambda token: -len(token.text)):
+            parts.append(BLANKS * token.lstrip + "(" + re.escape(token.text) + ")" + BLANKS * token.rstrip)
+        self.pattern = re.compile("|".join(parts))
+
+    def __len__(self):
+        return len(self.ids)
+
+    def split(self, text):
+        """A text as a list: ids where tokens stand, and the stretches of text between them."""
+        parts, start = [], 0
+        for match in self.pattern.finditer(text):
+            parts += [text[start : match.start()], self.ids[match[match.lastindex]]]
+            start = match.end()
+        return [*parts, text[start:]]
+
+
+def all_added(model, added):
+    """AddedTokens, those of the SentencePiece model itself included: the unknown, the beginning and the end.
+
+    Raises ValueError if one is missing that LLaVA needs, has the id of another, or is not read here as tokenizer.json means it.
+    """
+    own = (model.unk_id(), model.bos_id(), model.eos_id())
+    if min(own) < 0:
+        raise ValueError("the SentencePiece model lacks a token for the unknown, the beginning or the end; Llama's has all three")
+    tokens = {model.id_to_piece(i): AddedToken(model.id_to_piece(i), i) for i in own}
+    tokens.update({token.content: token for token in added})
+    for token in tokens.values():
+        if token.single_word or token.normalized and (token.lstrip or token.rstrip):
+            which = "single_word" if token.single_word else "normalized with lstrip or rstrip"
+            raise ValueError(f"the added token {token.content!r} is {which}, which is not supported here")
+        if token.id < len(model) and model.id_to_piece(token.id) != token.content:
+            piece = model.id_to_piece(token.id)
+            raise ValueError(f"the added token {token.content!r} has id {token.id}, which is {piece!r} in the vocabulary")
+    specials = {token.content: token.id for token in tokens.values() if token.special}
+    missing = [literal for literal in ("<image>", "<pad>") if literal not in specials]
+    if missing:
+        raise ValueError(f"the tokenizer has no {' and no '.join(missing)} token; a LLaVA checkpoint adds both")
+    if len({*specials.values()}) < len(specials):
+        raise ValueError(f"two special tokens have one id: {specials}")
+    return [*tokens.values()]
 
 
 def read_vocabulary(folder):

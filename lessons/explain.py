@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
+import questions
 import sample
-from chat import log_probabilities as chat_log_probabilities
 from lessons.trace import spelling
-from tokenizer import STYLES, expand_images
+from tokenizer import STYLES
 
 THUMBNAIL = 12  # cells at most along a side of what is kept of a single head: a 7B has 1,024 heads
 TOKENS = 4096  # of a batch of greyed pictures: more takes memory and no less time
@@ -41,8 +41,7 @@ def answer_ids(chat, question, images, **options):
 
 def whole_prompt(chat, question, images):
     """The ids of the conversation with one more question, each <image> expanded, and the pixels of all its pictures, or None."""
-    config = chat.model.config
-    prompt = expand_images(chat.tokenizer.encode(chat.prompt(question, images)), config.image_id, config.features_per_image)
+    prompt = chat.encode(chat.prompt(question, images))
     pictures = [*chat.images, *images]
     return prompt, chat.processor(pictures, pad=chat.pad) if pictures else None
 
@@ -74,7 +73,7 @@ def log_probabilities(chat, prompt, answer, pixels, rows=1):
 
     pixels: the pictures of each row, one row after the other; or None. All rows have the same prompt and answer.
     """
-    return torch.stack(chat_log_probabilities(chat.model, [prompt] * rows, [answer] * rows, pixels))
+    return torch.stack(questions.log_probabilities(chat.model, [prompt] * rows, [answer] * rows, pixels))
 
 
 def occlusion_maps(chat, prompt, answer, pixels, cells):

@@ -7,8 +7,9 @@ import torch
 from PIL import Image
 
 import batch
-from chat import Chat, Unanswered
+from chat import Chat
 from images import open_image
+from questions import Unanswered, answer_ids, prompt_of
 from tiny.world import held_out_questions
 from tokenizer import expand_images
 
@@ -326,9 +327,9 @@ def test_literal_text_goes_to_the_model_as_it_is(chat, vip):
     assert isinstance(*vip.answer([(words, [])]), Unanswered)
     (answer,) = vip.answer([(words, [])], literal=True, max_new_tokens=5)
     assert not isinstance(answer, Unanswered)
-    ids = vip._prepared((words, []), literal=True).ids
+    ids = prompt_of(vip, (words, []), literal=True).ids
     assert vip.tokenizer.decode(ids).endswith(f"###Human: {words}###Assistant:")
-    assert chat._prepared(("Hi.", []), literal=True) == chat._prepared(("Hi.", []))
+    assert prompt_of(chat, ("Hi.", []), literal=True) == prompt_of(chat, ("Hi.", []))
     (answer,) = chat.answer([("<image>", [])], literal=True)
     assert isinstance(answer, Unanswered) and "'<image>'" in str(answer.error)
 
@@ -383,7 +384,7 @@ def test_a_batch_of_scores_is_each_of_them(chat):
     scores = chat.token_scores(asked, batch_size=5)
     for one, tokens in zip(asked, scores):
         assert float(tokens.sum()) == pytest.approx(chat.score(*one), rel=1e-4)
-        assert len(tokens) == len(chat._answer_ids(*one)) and bool((tokens <= 0).all())
+        assert len(tokens) == len(answer_ids(chat, *one)) and bool((tokens <= 0).all())
 
 
 def test_the_greedy_answer_is_the_likeliest_of_several(chat):
@@ -443,7 +444,7 @@ def test_what_is_known_of_the_last_answer(chat):
     answer = "".join(chat.ask("Where is the square?", [open_image(PICTURE)]))
     assert chat.kept == 0 and chat.tokens == len(chat.answer_ids) and chat.answer_ids[-1] in chat.model.config.eos_ids
     assert chat.tokenizer.decode(chat.answer_ids[:-1]).strip() == answer
-    prompt = chat._expanded(chat.tokenizer.encode(chat.prompt("Where is the square?")))
+    prompt = chat.encode(chat.prompt("Where is the square?"))
     list(chat.ask("Where is the square?"))
     assert chat.model.config.features_per_image < chat.kept < len(prompt)
 
@@ -458,7 +459,7 @@ def test_a_second_turn_penalises_what_the_cache_holds(chat):
     first = "".join(chat.ask("Describe the picture.", picture, **options))
     plain = "".join(Chat(chat.model, chat.tokenizer, chat.processor).ask("Describe the picture.", picture, max_new_tokens=12))
     assert first != plain
-    prompt = chat._expanded(chat.tokenizer.encode(chat.prompt("Is there a star?")))
+    prompt = chat.encode(chat.prompt("Is there a star?"))
     whole = [int(t) for t in chat.model.generate(torch.tensor([prompt]), chat.processor(picture), **options)]
     second = "".join(chat.ask("Is there a star?", **options))
     assert second == "".join(chat.tokenizer.stream(whole))

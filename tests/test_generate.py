@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from generate import Repetition, greedy, greedy_cached, mask_of_padding, sample
+from generate import Repetition, greedy, greedy_cached, sample
 from images import open_image
+from inputs import mask_of_padding
 from llama import KVCache
 from tests.compare import FAMILIES, TOLERANCE, load, one_id_per_image, relative
 from tokenizer import expand_images

@@ -15,16 +15,19 @@ MAY["weights"] = {"clip", "llama", "hardware"}
 MAY["generate"] = {"llama", "inputs", "hardware"}
 MAY["llava"] = {"clip", "llama", "inputs", "generate", "weights"}
 MAY["batch"] = {"llama", "generate", "hardware"}
+MAY["questions"] = {"batch", "inputs", "tokenizer"}
 BOOK = {*MAY}
 MAY["chat"] = MAY["training"] = BOOK
 MAY["converse"] = BOOK | {"chat"}
+MAY["loading"] = BOOK | {"chat", "training"}
 MAY["benchmarks"] = {"images", "marks"}
 COMMANDS = ("sample", "train", "convert", "evaluate")
 for command in COMMANDS:
-    MAY[command] = BOOK | {"chat", "training", "converse"}
+    MAY[command] = BOOK | {"chat", "training"}
+MAY["sample"] |= {"converse", "loading"}
 MAY["evaluate"] |= {"benchmarks"}
 MAY["visitors"] = BOOK | {"chat", "converse"}
-MAY["demo"] = BOOK | {"sample", "visitors", "lessons"}  # what its page shows of an answer is lessons.explain's
+MAY["demo"] = BOOK | {"converse", "loading", "sample", "visitors", "lessons"}  # what its page shows of an answer is lessons.explain's
 ROOMS = {*MAY}
 MAY["tiny"] = ROOMS
 MAY["lessons"] = MAY["bench"] = ROOMS | {"tiny"}

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+import loading
 import opening
 from chat import Chat
 from images import open_image
@@ -118,7 +119,7 @@ def test_what_helps_when_memory_is_short(free, arguments, hint, monkeypatch, cap
     import sample as module
 
     monkeypatch.setattr(sys, "argv", ["sample.py", *arguments])
-    monkeypatch.setattr(module, "free_memory", lambda device: free)
+    monkeypatch.setattr(loading, "free_memory", lambda device: free)
     with pytest.raises(SystemExit, match="2"):
         module.main()
     assert hint in capsys.readouterr().err
@@ -381,8 +382,8 @@ def test_a_device_with_too_little_memory_is_an_error_before_loading(monkeypatch,
     import sample as module
 
     monkeypatch.setattr(sys, "argv", ["sample.py"])
-    monkeypatch.setattr(module, "free_memory", lambda device: 1e6)
-    monkeypatch.setattr(module.Chat, "from_pretrained", lambda *_: pytest.fail("loaded all the same"))
+    monkeypatch.setattr(loading, "free_memory", lambda device: 1e6)
+    monkeypatch.setattr(Chat, "from_pretrained", lambda *_: pytest.fail("loaded all the same"))
     with pytest.raises(SystemExit, match="2"):
         module.main()
     assert "1.0 MB free" in capsys.readouterr().err
@@ -404,7 +405,7 @@ def test_out_of_memory_in_the_middle(error, monkeypatch, capsys):
         raise error
 
     monkeypatch.setattr(sys, "argv", ["sample.py"])
-    monkeypatch.setattr(module.Chat, "from_pretrained", give_up)
+    monkeypatch.setattr(Chat, "from_pretrained", give_up)
     with pytest.raises(SystemExit, match="2"):
         module.main()
     assert "ran out of memory" in capsys.readouterr().err

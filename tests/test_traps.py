@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import clip
+import inputs
 import llama
 import llava
 from llama import KVCache, RMSNorm
@@ -184,9 +185,9 @@ def test_mistake_is_noticed(family, mistake, stage, monkeypatch):
 
 def test_padding_on_the_right_is_noticed(monkeypatch):
     model, reference = load("llava")
-    short, pad = one_id_per_image(model, reference), F.pad
+    short, padded = one_id_per_image(model, reference), inputs.left_padded
     assert first_wrong(stage_errors(model, reference, **short)) is None
-    monkeypatch.setattr(F, "pad", lambda x, sides, value: pad(x, sides[::-1], value=value))
+    monkeypatch.setattr(inputs, "left_padded", lambda rows, padding: padded([row[::-1] for row in rows], padding).flip(1))
     assert first_wrong(stage_errors(model, reference, **short)) == "embeddings"
 
 
