@@ -1,10 +1,10 @@
-"""Many prompts, several at once: the rows of a batch answer each its own, and a row whose answer has ended takes the next.
+"""Many prompts, several at once (continuous batching): each row of a batch answers one, and takes the next when its answer ends.
 
     for n, ids in generate_many(model, prompts, rows=8, …):        # number and answer of each prompt, as the answers end
 
-A decode step takes hardly longer for eight rows than for one, as it must read all weights in either case. A prompt is read alone,
-which pads nothing: reading is arithmetic, and many prompts at once would not make it faster. Where it begins like the prompt before
-it, as questions about one picture do, only the rest is computed.
+A decode step takes hardly longer for eight rows than for one, because it must read all weights in either case. The prefill of a prompt
+is limited by arithmetic, and many prompts at once would not make it faster, so each is run alone, without padding. A prompt often
+begins like the one before it, as questions about one picture do; then only the rest is computed.
 
 Shapes: B rows, T tokens of a prompt, S slots of the cache.
 """
@@ -80,31 +80,34 @@ def generate_many(
 class Batch:
     """B rows of one KV cache, each with a prompt and its answer so far.
 
-    All rows write their next token into the same slot. So a prompt that a row takes is laid to the left of that slot, wherever that
-    is by now; a row's positions count its own tokens, not the slots. When enough slots on the left belong to no row any more, all rows
-    are moved to the left.
+        slot   0 1 2 3 4 5 6 7                      all rows write their next token into the same slot, here 7
+        row 0  · · a a a a a                        a prompt that a row takes ends just before that slot
+        row 1  b b b b b b b                        a row's positions count its own tokens, not the slots
+        row 2  · · · · · c c
+
+    When enough slots on the left belong to no row any more, all rows are moved to the left.
     """
 
     def __init__(self, model, rows, choose, penalty):
         """choose: (B, vocabulary) logits -> (B,) ids; penalty: the repetition penalty."""
         self.model, self.choose, self.penalty = model, choose, penalty
         self.cache = None  # (B, S), made for the first prompt
-        self.reading = None  # a cache of one row, in which a prompt is read
-        self.read = Prompt([], None)  # what it holds
-        self.length = 0  # slots taken, the same number as cache.length, without asking the device
+        self.prefilled = None  # a cache of one row, for the prefill of each prompt
+        self.prompt = Prompt([], None)  # the prompt that it holds
+        self.length = 0  # slots taken: cache.length, known without asking the device
         self.starts = {}  # row -> the first slot of its prompt, for the rows under way
         self.token = torch.zeros(rows, dtype=torch.long, device=model.device)  # the last token of each row
-        self.alive = torch.zeros(rows, dtype=torch.bool, device=model.device)  # whether it is under way
+        self.alive = torch.zeros(rows, dtype=torch.bool, device=model.device)  # which rows have an answer under way
         self.repetition = None
         if penalty != 1:
             nothing = torch.zeros(rows, 0, dtype=torch.long, device=model.device)
             self.repetition = Repetition(nothing, model.config.text.vocab_size, penalty)
 
     def begin(self, row, prompt, limit):
-        """Give a free row to a prompt, whose answer may have `limit` tokens. Returns the answer's first."""
+        """Give a free row to a prompt whose answer may have `limit` tokens. Returns the first of them."""
         logits = self.logits_after(prompt)  # (1, vocabulary)
         self.make_room(len(prompt.ids), limit)
-        self.take_over(row, len(prompt.ids))
+        self.copy_prompt(row, len(prompt.ids))
         if self.repetition is not None:
             ids = torch.tensor([prompt.ids], device=self.model.device)
             of_row = Repetition(ids, logits.shape[-1], self.penalty)
@@ -118,12 +121,12 @@ class Batch:
         return int(token)
 
     def end(self, row):
-        """Set a row free. It goes on with tokens that nobody reads, until it takes another prompt."""
+        """Set a row free. It is computed along with the others, to no use, until it takes another prompt."""
         self.alive[row] = False
         del self.starts[row]
 
     def step(self):
-        """One more token of each row: a list of B ids. Of a free row it means nothing."""
+        """One more token of each row: a list of B ids. That of a free row means nothing."""
         least = min(self.starts.values())
         if least >= SLACK:
             self.move(-least)
@@ -141,28 +144,27 @@ class Batch:
         return tokens
 
     def logits_after(self, prompt):
-        """The logits of the first token of an answer (1, vocabulary). The prompt's keys and values are in `reading` then."""
+        """Prefill: the logits of the first token of an answer (1, vocabulary). `prefilled` then holds the prompt."""
         model, kept = self.model, 0
-        if same_pictures(prompt.pixels, self.read.pixels):
-            kept = min(common_prefix(prompt.ids, self.read.ids), len(prompt.ids) - 1)
-        if model.config.image_id in prompt.ids[kept:]:
+        if same_pictures(prompt.pixels, self.prompt.pixels):
+            kept = min(common_prefix(prompt.ids, self.prompt.ids), len(prompt.ids) - 1)
+        if model.config.image_id in prompt.ids[kept:]:  # all pictures are in the cache, or all are encoded
             kept = 0
-        if self.reading is None or self.reading.max_length < len(prompt.ids):
-            self.reading = KVCache(model.config.text, 1, cache_length(model.config, len(prompt.ids)), model.device, model.dtype)
+        if self.prefilled is None or self.prefilled.max_length < len(prompt.ids):
+            self.prefilled = KVCache(model.config.text, 1, cache_length(model.config, len(prompt.ids)), model.device, model.dtype)
             kept = 0
-        self.reading.truncate(kept)
+        self.prefilled.truncate(kept)
         ids = torch.tensor([prompt.ids[kept:]], device=model.device)
         x, _ = model.embed(ids, None if kept else prompt.pixels)  # (1, T, D)
-        x = model.language_model(x, cache=self.reading, last=True)
-        self.read = prompt
+        x = model.language_model(x, cache=self.prefilled, last=True)
+        self.prompt = prompt
         logits = model.language_model.lm_head(x[:, -1])
         check_finite(bool(logits.isfinite().all()), model)
         return logits
 
     def make_room(self, T, limit):
         """A cache in which T tokens of a prompt fit before the next slot, and `limit` tokens of an answer after it."""
-        slots = T + limit + SLACK
-        slots += -slots % 256  # rounded up, so that few sizes occur
+        slots = -(-(T + limit + SLACK) // 256) * 256  # a multiple of 256, so that few sizes occur
         if self.cache is None:
             self.cache = KVCache(self.model.config.text, len(self.token), slots, self.model.device, self.model.dtype)
         elif slots > self.cache.max_length:
@@ -171,12 +173,12 @@ class Batch:
             self.move(T - self.length)
         self.decode = fastest(self.model.decode_step, self.model.language_model, self.cache)
 
-    def take_over(self, row, T):
-        """Copy the T tokens of `reading` into a row, before the next slot."""
+    def copy_prompt(self, row, T):
+        """Copy the T tokens of `prefilled` into a row, just before the next slot."""
         start, end = self.length - T, self.length
-        for mine, read in zip(self.cache.layers, self.reading.layers):
-            mine.keys[row, :, start:end] = read.keys[0, :, :T]
-            mine.values[row, :, start:end] = read.values[0, :, :T]
+        for layer, prefilled in zip(self.cache.layers, self.prefilled.layers):
+            layer.keys[row, :, start:end] = prefilled.keys[0, :, :T]
+            layer.values[row, :, start:end] = prefilled.values[0, :, :T]
         self.cache.real[row] = False
         self.cache.real[row, start:end] = True
         self.starts[row] = start

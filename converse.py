@@ -60,13 +60,14 @@ def hear_together(processes):
 
 
 def names_a_picture(text):
-    """Whether a word of the command line can only be meant as a picture's name, or a file's: nobody asks a file name."""
-    looks_like_one = text.lower().endswith(SUFFIXES) and not any(character.isspace() for character in text)
-    return looks_like_one or text.startswith(("http://", "https://", "file://")) or os.path.isfile(text)
+    """Whether a word of the command line is the name of a picture or another file, and so not a question."""
+    if text.startswith(("http://", "https://", "file://")) or os.path.isfile(text):
+        return True
+    return text.lower().endswith(SUFFIXES) and not any(character.isspace() for character in text)
 
 
 def meant(text):
-    """A question as it was meant: without the byte order mark and the line ends that come with a text from Windows."""
+    """A question as it was meant: without the byte order mark and the line ends of a text from Windows."""
     if text.startswith(("\udcff\udcfe", "\udcfe\udcff")):  # a byte order mark of UTF-16, which is not UTF-8
         text = text.encode("utf-8", "surrogateescape").decode("utf-16")
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").strip()
@@ -76,7 +77,7 @@ def read_question(question):
     """The text of the command line's question; "-" is read from standard input. Raises ValueError for what is no question."""
     if question == "-":
         if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(errors="surrogateescape")  # what is not UTF-8 is told apart by `meant`, or by the tokenizer
+            sys.stdin.reconfigure(errors="surrogateescape")  # `meant` reads UTF-16; other bytes the tokenizer refuses
         question = sys.stdin.read()
     question = meant(question)
     if not question:
@@ -123,7 +124,7 @@ def answer(chat, args, question, images):
     pieces = chat.ask(
         question, images, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed, args.repetition_penalty
     )  # fmt: skip
-    with closing(pieces):  # whatever ends it, what was said enters the conversation
+    with closing(pieces):  # an interrupted answer enters the conversation, too
         for piece in pieces:
             first = first or time.perf_counter() - start
             print(piece, end="", flush=True)
@@ -186,8 +187,8 @@ class Conversation:
 
 
 def converse(chat, args, images, marks):
-    """Line after line until the input ends, or Ctrl-C comes between answers: 0, or 2 if one could not be done. Such a line is reported,
-    and the chat goes on."""
+    """Do line after line until the input ends, or Ctrl-C comes between answers. A line that cannot be done is reported, and the chat
+    goes on. Returns the exit status: 2 if there was such a line, otherwise 0."""
     conversation, status, line = Conversation(chat, args, images, marks), 0, args.question
     while True:
         try:
@@ -203,7 +204,7 @@ def converse(chat, args, images, marks):
             raise
         except (ValueError, OSError, RuntimeError, MemoryError) as error:
             if are_several() and not isinstance(error, ValueError):
-                raise  # it is this process's own, and the others wait for it
+                raise  # it happened in this process alone, and the others wait for it
             hint = error if isinstance(error, ValueError | OSError) else f"{advice(error)}; or ask something shorter"
             print(f"sample.py: {hint}", file=sys.stderr)
             status = 2
@@ -211,7 +212,7 @@ def converse(chat, args, images, marks):
 
 
 def advice(error):
-    """What to do about an error of PyTorch's that comes from what this machine has or lacks; any other is raised again."""
+    """What to do about an error of PyTorch's that is due to the machine: no memory, no compiler. Any other error is raised again."""
     text = str(error)
     if "C++ compiler" in text or "C compiler" in text:  # the CPU's compiler, and Triton's for a GPU
         return "--compile needs a C++ compiler (g++, clang++), on a GPU a C compiler (gcc), and there is none; leave it out"

@@ -1,8 +1,8 @@
 """The language model: a Llama (Touvron et al. 2023, https://arxiv.org/abs/2302.13971) or a Mistral (Jiang et al. 2023,
 https://arxiv.org/abs/2310.06825), which is a Llama with fewer key/value heads and an attention window; and its KV cache.
 
-A decoder block is x + attention(norm(x)), then x + mlp(norm(x)); causal attention with rotary positions (RoPE) lets each
-token look at itself and at those before it.
+A decoder block computes x + attention(norm(x)), then x + mlp(norm(x)). In causal attention each token looks at itself and at the
+tokens before it. Rotary positions (RoPE) tell it how far back they are.
 
 Shapes: B batch, T new tokens, S slots that can be attended to, D width, H query heads, K key/value heads, E head width.
 """
@@ -66,11 +66,11 @@ def rope_table(positions, head_dim, theta):
 def rotate(x, cos, sin):
     """RoPE in the half-split form: a head's first half a and its second half b become a cos − b sin and b cos + a sin.
 
-    That is (a, b) · (cos, cos) + (b, a) · (−sin, sin). The brackets beside the dots are the tables of `rope_table`; rolling x by
-    E/2 makes (b, a) of (a, b).
+    As a sum over whole heads: (a, b) · (cos, cos) + (b, a) · (−sin, sin). The last factors are the tables of `rope_table`, and
+    (b, a) is x rolled by E/2.
 
-    The paper pairs neighbours, dimensions 2i and 2i + 1. Hugging Face's conversion permuted the rows of q_proj and k_proj so
-    that the members of a pair lie E/2 apart. Query and key are permuted alike, so their product is the same.
+    The paper rotates neighbouring dimensions as pairs, 2i and 2i + 1. Hugging Face's conversion permuted the rows of q_proj and
+    k_proj so that the two of a pair are E/2 apart. Query and key are permuted alike, so their product is the same.
     """
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin  # (B, H, T, E)
 
@@ -82,10 +82,12 @@ class Places(NamedTuple):
     mask: torch.Tensor | None  # (B, 1, T, S), added to the scores: 0 or −∞; None: plain causal attention
     slots: torch.Tensor  # (T,), the tokens' places in the cache
     seen: int  # S: attention looks at the first S slots of the cache
-    asking: slice = slice(None)  # which of the T tokens ask: all, or in the last block of a prompt the last one alone
+    queries: slice = slice(None)  # the tokens whose output is computed: all, or in a prompt's last block only the last
 
-    def last_one_asks(self):
-        return self._replace(mask=None if self.mask is None else self.mask[:, :, -1:], asking=slice(-1, None))
+    def last_query(self):
+        """For the last block of a prompt: the first word needs the last token's output and none of the others'."""
+        mask = None if self.mask is None else self.mask[:, :, -1:]
+        return self._replace(mask=mask, queries=slice(-1, None))
 
 
 class Attention(nn.Module):
@@ -102,20 +104,20 @@ class Attention(nn.Module):
         self.attend = attention  # loading may put a form of it here that is faster on the device
 
     def forward(self, x, at, cache=None, maps=None):
-        """x (B, T, D) to the same shape, or to (B, 1, D) where only the last token asks.
+        """x (B, T, D) to the same shape, or to (B, 1, D) where only the last token's output is wanted (`Places.queries`).
 
         at: a Places; cache: this layer's LayerCache, or None; maps: a list to add the attention map to, or None.
         """
         q = self.heads(self.q_proj(x))  # (B, H, T, E)
         k, v = self.heads(self.k_proj(x)), self.heads(self.v_proj(x))  # (B, K, T, E)
-        turned = rotate(torch.cat([q, k], dim=1), *at.rope)  # both at once: half as many kernels
-        q, k = turned.split([q.shape[1], k.shape[1]], dim=1)
+        rotated = rotate(torch.cat([q, k], dim=1), *at.rope)  # both at once: half as many kernels
+        q, k = rotated.split([q.shape[1], k.shape[1]], dim=1)
         if cache is not None:
-            k, v = cache.update(k, v, at.slots, at.seen)  # (B, K, S, E): those of the earlier tokens too
+            k, v = cache.update(k, v, at.slots, at.seen)  # (B, K, S, E): with those of the earlier tokens
         if maps is None:
-            out = self.attend(q[:, :, at.asking], k, v, at.mask)
+            out = self.attend(q[:, :, at.queries], k, v, at.mask)
         else:
-            out, weights = naive_attention(q[:, :, at.asking], k, v, at.mask)
+            out, weights = naive_attention(q[:, :, at.queries], k, v, at.mask)
             maps.append(weights)
         return self.o_proj(out.transpose(1, 2).flatten(-2))  # (B, T, D)
 
@@ -124,11 +126,10 @@ class Attention(nn.Module):
 
 
 def attention(q, k, v, mask):
-    """softmax(q kᵀ / √E + mask) v, fused: (B, H, T, E). mask: (B, 1, T, S); None: query t sees keys
-    0 to t, a single query all of them.
+    """softmax(q kᵀ / √E + mask) v, fused: (B, H, T, E). mask: (B, 1, T, S); None: query t sees keys 0 to t, a single query all.
 
-    The kernels that take a mask do not know shared key/value heads, and to copy those for each query head would cost more
-    than the attention itself. So the H / K queries that share a head become as many more tokens of one query head.
+    PyTorch's kernels that take a mask cannot share a key/value head between query heads, and copying it for each of them would cost
+    more than the attention itself. So the H / K query heads of a group become one head with H / K times as many queries.
     """
     groups, T = q.shape[1] // k.shape[1], q.shape[2]
     if mask is None:
@@ -142,8 +143,9 @@ def attention(q, k, v, mask):
 
 
 def naive_attention(q, k, v, mask):
-    """The same attention written out, for those who want its weights: (B, H, T, E) and (B, H, T, S). mask: never None."""
-    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))  # (B, H, S, E)
+    """The same attention written out, where its weights are wanted, too: (B, H, T, E) and (B, H, T, S). mask: never None."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (B, H, S, E)
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + mask  # (B, H, T, S)
     weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
     return weights @ v, weights
@@ -171,18 +173,18 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, at, cache=None, maps=None):
-        x = x[:, at.asking] + self.self_attn(self.input_layernorm(x), at, cache, maps)
+        x = x[:, at.queries] + self.self_attn(self.input_layernorm(x), at, cache, maps)
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x
 
 
 class Llama(nn.Module):
-    """embed(ids) -> (B, T, D); calling the model turns (B, T, D) into (B, T, D); lm_head makes logits of that."""
+    """embed(ids) gives (B, T, D), calling the model gives hidden states (B, T, D), and lm_head of those the logits."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # Empty, to be filled: nn.Embedding's own filling imports PyTorch's compiler first when it is on the meta device.
+        # Empty, to be filled by the checkpoint: nn.Embedding's own random numbers would import PyTorch's compiler on the meta device.
         self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -198,10 +200,10 @@ class Llama(nn.Module):
 
         attention_mask: (B, T) bool, False for padding; None: no padding.
         positions: (B, T) for RoPE; None: counted over the real tokens, those in the cache included.
-        cache: a KVCache, which the T tokens are added to and see.
-        states, maps: lists to be filled: the hidden states (before the first block, then after each block, the last one
-            normalised), and the attention maps (B, H, T, S) of the blocks.
-        last: return (B, 1, D), the last token's; of the others the last block then computes keys and values only.
+        cache: a KVCache. The T tokens are added to it, and they see the tokens that it holds.
+        states: a list to add the hidden states to: before the first block, then after each block, the last one normalised.
+        maps: a list to add the attention maps (B, H, T, S) of the blocks to.
+        last: return the last token's state alone, (B, 1, D); of the others the last block computes only keys and values.
         """
         plain = maps is None and is_plain(x.shape[1], attention_mask, cache, self.config.sliding_window)
         at = self.places(x, attention_mask, positions, cache, plain)
@@ -209,7 +211,7 @@ class Llama(nn.Module):
             if states is not None:
                 states.append(x)
             if last and i + 1 == len(self.layers):
-                at = at.last_one_asks()
+                at = at.last_query()
             x = block(x, at, None if cache is None else cache.layers[i], maps)
         x = self.norm(x)
         if states is not None:
@@ -217,7 +219,7 @@ class Llama(nn.Module):
         return x
 
     def places(self, x, attention_mask, positions, cache, plain):
-        """Where the T tokens of x (B, T, D) stand; a cache takes them. Arguments as in `forward`; plain: see `is_plain`."""
+        """The Places of the T tokens of x (B, T, D). A cache gives them slots. Arguments as in `forward`; plain: see `is_plain`."""
         B, T, _ = x.shape
         real = x.new_ones(B, T, dtype=torch.bool) if attention_mask is None else attention_mask
         if cache is None:
@@ -239,24 +241,24 @@ class Llama(nn.Module):
 
 
 def is_plain(T, attention_mask, cache, window):
-    """Whether T new tokens need no mask but the causal one, among themselves: what the fused kernels are best at.
+    """Whether T new tokens see only each other, causally. Then attention needs no mask, and PyTorch's kernels are at their fastest.
 
-    | the tokens come       | plain?                                                   |
-    |-----------------------|----------------------------------------------------------|
-    | more than the window  | no: the first of them must be hidden from the last       |
-    | with padding          | no: it must be hidden                                    |
-    | after others          | no: they see the cached ones too                         |
-    | one, with a cache     | no: to ask if others came before would stop the host     |
-    | otherwise             | yes                                                      |
+    | the new tokens               | plain?                                                          |
+    |------------------------------|-----------------------------------------------------------------|
+    | are more than the window     | no: the first must be hidden from the last                      |
+    | have padding among them      | no: it must be hidden                                           |
+    | come after others in a cache | no: they see those too                                          |
+    | are one, with a cache        | no: to ask whether others came before would make the host wait  |
+    | otherwise                    | yes                                                             |
 
-    With T queries and S > T keys, PyTorch's `is_causal` would let query 0 see key 0 alone: it aligns the triangle at the top
-    left. It is therefore right only where the new tokens see nothing but themselves.
+    With T queries and more than T keys `is_causal` would be wrong: PyTorch aligns its triangle at the top left, so query 0 would see
+    key 0 alone.
     """
     if window is not None and T > window:
         return False
-    if cache is None and attention_mask is None:
-        return True
-    return T > 1 and (cache is None or not cache.length) and (attention_mask is None or bool(attention_mask.all()))
+    if cache is not None and (T == 1 or cache.length):
+        return False
+    return attention_mask is None or T > 1 and bool(attention_mask.all())
 
 
 def visible(real, slots, window):
@@ -270,7 +272,8 @@ def visible(real, slots, window):
     mask = key <= query  # (T, S)
     if window is not None:
         mask &= key > query - window
-    return (mask & real[:, None, :] | (key == query))[:, None]
+    mask = mask & real[:, None, :] | (key == query)  # (B, T, S)
+    return mask[:, None]
 
 
 class LayerCache:
@@ -287,11 +290,11 @@ class LayerCache:
 
 
 class KVCache:
-    """The keys and values of the tokens seen so far, so that each new token computes only its own.
+    """The keys and values of the tokens so far, so that each new token computes only its own.
 
-    Everything is allocated beforehand, for `max_length` slots, and written in place; only `grow` moves it. All rows of the
-    batch take the same slots; a row with fewer tokens has padding in some of them, and the cache remembers which. Its
-    length is a tensor on the device: a decode step advances it there, and the host need not wait.
+    Memory for `max_length` slots is allocated once and written in place; only `grow` moves it. All rows of the batch take the same
+    slots. A row with fewer tokens has padding in some of them, and the cache knows which. Its length is a tensor on the device, where
+    a decode step adds to it without making the host wait.
     """
 
     def __init__(self, config, batch_size, max_length, device="cpu", dtype=torch.float32):
@@ -302,7 +305,7 @@ class KVCache:
         self.real = torch.zeros(batch_size, max_length, device=device, dtype=torch.bool)  # False: padding, or not yet taken
         self.length = torch.zeros((), device=device, dtype=torch.long)  # slots taken
         self.config = config
-        self.rope = self._rope_table()  # of all positions that there may be: a step looks its own up
+        self.rope = self._rope_table()  # of all positions; a step looks up its own
 
     @property
     def batch_size(self):
@@ -321,9 +324,9 @@ class KVCache:
         return [table.to(self.dtype) for table in rope_table(positions, self.config.head_dim, self.config.rope_theta)]  # (1, 1, S, E)
 
     def take(self, attention_mask):
-        """Take the next T slots for tokens that are real where attention_mask (B, T) says so.
+        """Give the next T slots to new tokens, real where attention_mask (B, T) is True and padding elsewhere.
 
-        Returns their slots (T,) and positions (B, T). A position counts the real tokens before it: padding has none.
+        Returns the slots (T,) and the positions (B, T). A real token's position is the number of real tokens before it.
         """
         slots = self.length + torch.arange(attention_mask.shape[1], device=self.length.device)
         positions = self.real.sum(1, keepdim=True) + attention_mask.cumsum(1) - 1
@@ -332,8 +335,8 @@ class KVCache:
         return slots, positions.clamp(min=0)
 
     def extent(self):
-        """How many slots attention looks at: on a CPU those that are taken; elsewhere all, as to ask for the length would make
-        the host wait, and a step that is captured or compiled has fixed shapes."""
+        """How many slots attention looks at. On a CPU those that are taken. Elsewhere all: reading the length would make the host
+        wait, and a step that is captured or compiled has fixed shapes."""
         fixed = self.real.device.type != "cpu" or torch.compiler.is_compiling()
         return self.max_length if fixed else int(self.length)
 

@@ -1,6 +1,6 @@
-"""How a picture is opened: by a name or an address, whatever its format, size and depth. Imports nothing of ours.
+"""How a picture is opened: from a file or an address, of any format, size and depth. Imports nothing of ours.
 
-`images.open_image` puts these together. Each error calls the picture by its name and says what to do.
+`images.open_image` puts these together. Each error names the picture and says what to do.
 """
 
 import http.client
@@ -16,8 +16,8 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-MOST_PIXELS = 2.5  # times Image.MAX_IMAGE_PIXELS: 224 million, as telephones take 200 million. Pillow itself refuses above 2 times
-MOST_BYTES, PATIENCE = 100_000_000, 20  # of a picture from an address: its size at most, and seconds until it must be here
+MOST_PIXELS = 2.5  # times Image.MAX_IMAGE_PIXELS, so 224 million: phones take 200 million. Pillow itself refuses more than 2 times as many
+MOST_BYTES, PATIENCE = 100_000_000, 20  # of a picture from an address: its largest size, and the seconds it may take
 HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")  # "brands" in the head of such a file
 GREYS = (255, 1023, 4095, 16383, 65535, 2**24 - 1, 2**32 - 1)  # white in 8, 10, 12, 14, 16, 24 and 32 bits
 _pillows_limit = threading.Lock()
@@ -25,7 +25,7 @@ _told = set()  # kinds of pictures of which it has been said how the model sees 
 
 
 class Refused(ValueError):
-    """What is wrong with a picture, in words that need no others."""
+    """An error whose message is for the user as it stands; errors of libraries are put into words first."""
 
 
 def read_bytes(source):
@@ -35,7 +35,9 @@ def read_bytes(source):
     name = str(source)
     if name.startswith(("http://", "https://")):
         return io.BytesIO(fetch(name))
-    path = urllib.request.url2pathname(name.removeprefix("file://").removeprefix("localhost")) if name.startswith("file://") else name
+    path = name
+    if name.startswith("file://"):
+        path = urllib.request.url2pathname(name.removeprefix("file://").removeprefix("localhost"))
     try:
         return open(path, "rb")
     except FileNotFoundError:
@@ -54,7 +56,7 @@ def fetch(address):
     """The bytes at an http:// or https:// address. Raises ValueError."""
     late = Refused(f"{address} took longer than {PATIENCE} seconds; fetch it yourself and name the file")
     try:
-        request = urllib.request.Request(address, headers={"User-Agent": "llava.py"})  # some servers refuse who does not say who they are
+        request = urllib.request.Request(address, headers={"User-Agent": "llava.py"})  # some servers refuse urllib's own name
         with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
             return received(answer, address, time.monotonic() + PATIENCE)
     except Refused:
@@ -73,7 +75,7 @@ def fetch(address):
 
 
 def received(answer, address, end):
-    """All bytes of a server's answer, which must be here by the time `end`."""
+    """All bytes of a server's answer. Raises TimeoutError if they are not here by the time `end`."""
     data = bytearray()
     while True:
         part = answer.read1(1 << 20)
@@ -84,16 +86,16 @@ def received(answer, address, end):
             raise TimeoutError
         if not part:
             break
-    if answer.length:  # what the server announced and did not send
+    if answer.length:  # bytes that the server announced and did not send
         raise Refused(f"{address}: the connection ended {answer.length} bytes before the picture did; try again")
     return bytes(data)
 
 
 def decode(file, name):
-    """The upright picture in an open file. Raises ValueError, which calls the picture by its name."""
+    """The upright picture in an open file. Raises ValueError, which names the picture."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damaged metadata, and of a large picture, which is allowed
+            warnings.simplefilter("ignore")  # about damaged metadata, and about large pictures, which are allowed here
             with identify(file, name) as image:
                 image.load()
                 return ImageOps.exif_transpose(image)
@@ -112,7 +114,7 @@ def decode(file, name):
 
 
 def identify(file, name):
-    """Image.open, with HEIC if pillow_heif is there, and with a limit of pixels above Pillow's."""
+    """Image.open, with HEIC if pillow_heif is installed, and with a higher limit of pixels than Pillow's."""
     if not file.seekable():
         file = io.BytesIO(file.read())
     if is_heic(file):
@@ -146,15 +148,17 @@ def is_deep_grey(image):
 
 
 def scaled_grey(image):
-    """A picture of deep greyscale in 8 bits: black is 0, and white is the largest value of as many bits as its values need.
+    """A picture of deep greyscale in 8 bits: 0 becomes black, and the largest value of its number of bits becomes white.
 
-    Those are 8, 10, 12, 14, 16, 24 or 32, as cameras and scanners have them, or 0 to 1 for real numbers: so the range of a 12-bit picture
-    in a 16-bit file is found. Where values are below 0, the least is black and the largest white. What is no number is black.
+    That number is the smallest of 8, 10, 12, 14, 16, 24 and 32, which cameras and scanners have, that its values fit into: so a 12-bit
+    picture in a 16-bit file is seen to be one. Real numbers may also lie between 0 and 1. If some values are below 0, the smallest
+    becomes black and the largest white. Infinity and NaN become black.
     """
     values = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)
-    black, most = min(values.min(), 0.0), values.max()
-    whites = (1, *GREYS, most) if image.mode == "F" else (*GREYS, most)
-    white = most if black < 0 else next(level for level in whites if most <= level)
+    black, white = min(values.min(), 0.0), values.max()
+    if black == 0:
+        levels = (1, *GREYS) if image.mode == "F" else GREYS
+        white = min([level for level in levels if level >= white], default=white)
     scaled = (values - black) * (255 / max(white - black, 1e-300))
     return Image.fromarray((scaled + 0.5).astype(np.uint8))
 

@@ -1,9 +1,9 @@
 """What the tokenizer files of a checkpoint say: Llama's vocabulary, and the tokens that were added to it, found in a text.
 Imports nothing of ours.
 
-Published checkpoints have the vocabulary as a SentencePiece model, tokenizer.model. What transformers 5 saves has a tokenizer.json
-alone. It holds the same pieces and the merges that make them, so the same SentencePiece model can be made from it
-(`sentencepiece_model`), and one tokenizer is enough.
+Published checkpoints have the vocabulary as a SentencePiece model, tokenizer.model. Checkpoints that transformers 5 saves have only a
+tokenizer.json, with the same pieces and the merges that make them. `sentencepiece_model` makes the same SentencePiece model of it, so
+that one tokenizer is enough.
 """
 
 import json
@@ -28,9 +28,9 @@ class AddedToken:
     id: int
     special: bool = True  # left out when decoding
     normalized: bool = False  # looked for in the text as SentencePiece sees it, with "▁" for a space and one in front
-    lstrip: bool = False  # takes the white space before it along
-    rstrip: bool = False  # and that behind it
-    single_word: bool = False
+    lstrip: bool = False  # the white space before it belongs to it
+    rstrip: bool = False  # the white space after it belongs to it
+    single_word: bool = False  # not found inside a word
 
     @property
     def text(self):
@@ -128,7 +128,7 @@ def _without_null(pairs):
 
 
 def _pointer(path):
-    """What to add to an error about a file that `git clone` left to Git LFS to fetch."""
+    """What to add to an error about a file if it is a pointer, which `git clone` leaves in place of the file itself."""
     with open(path, "rb") as file:
         found = file.read(len(LFS_POINTER)) == LFS_POINTER
     return " (it is a Git LFS pointer: run `git lfs pull`)" if found else ""
@@ -147,7 +147,7 @@ def _added_tokens(folder):
                 listed = [_token(entry, int(i)) for i, entry in raw.get("added_tokens_decoder", {}).items()]
             elif name == "tokenizer.json":
                 listed = [_token(entry, entry["id"]) for entry in raw.get("added_tokens", [])]
-            else:  # ids alone: what no other file describes is special if it is LLaVA's
+            else:  # {literal: id}; a token that no other file describes is special if it is one of LLaVA's
                 listed = [_token({"content": text, "special": text in SPECIAL_LITERALS}, i) for text, i in raw.items() if text not in found]
             found.update({token.content: token for token in listed})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -170,10 +170,11 @@ LLAMA = {"type": "BPE", "byte_fallback": True, "fuse_unk": True, "unk_token": "<
 
 
 def sentencepiece_model(raw, added):
-    """The SentencePiece model, serialised, that does the same as a tokenizer.json, which is what transformers 5 saves alone.
+    """The SentencePiece model, serialised, that does the same as a tokenizer.json.
 
-    raw: what the file holds; added: the literals of the added tokens. A piece's score is minus the rank of the first merge that makes
-    it. The fields' numbers are those of sentencepiece_model.proto. Raises ValueError for a tokenizer of another kind.
+    raw: what the file holds; added: the literals of the added tokens. The earliest merge is the best, so a piece's score is minus the
+    rank of the first merge that makes it. The fields' numbers are those of sentencepiece_model.proto. Raises ValueError for a
+    tokenizer of another kind.
     """
     model = {"ignore_merges": False} | raw["model"]
     same_model = all(model.get(name) == value for name, value in LLAMA.items())
