@@ -52,9 +52,11 @@ def prepare(config, device, dtype, ids, pixels, mask, positions=None, embeds=Non
 
 
 def room(config, cache):
-    """How many tokens fit the context, or what is left of the cache."""
+    """How many more tokens fit: into the context, and into the cache if there is one."""
     most = config.text.max_position_embeddings
-    return most if cache is None else min(most, cache.max_length) - int(cache.length)
+    if cache is None:
+        return most
+    return min(most, cache.max_length) - int(cache.length)
 
 
 def _check_room(B, T, dtype, config, cache):
@@ -88,16 +90,20 @@ def _expanded(ids, pixels, mask, labels, config):
         return ids, mask, labels
 
     mask = _expand(torch.ones_like(ids) if mask is None else mask, ids, 0, config)
-    start = int(mask.any(0).int().argmax())  # a short row with a picture may now be the longest: columns of nothing but padding go
+    # A short row with a picture may now be the longest. Columns at the start that are padding in all rows are left out.
+    start = int(mask.any(0).int().argmax())
     if labels is not None:
         labels = _expand(labels, ids, IGNORED, config)[:, start:]
-    return _expand(ids, ids, config.pad_id, config)[:, start:], mask[:, start:], labels
+    ids = _expand(ids, ids, config.pad_id, config)[:, start:]
+    return ids, mask[:, start:], labels
 
 
 def _expand(values, ids, padding, config):
-    """Values (B, T) that belong to the ids (B, T) one by one: those of an `<image>` as many times as it has features."""
-    rows = zip(ids.tolist(), values.tolist())
-    return left_padded([expand_images(row, config.image_id, config.features_per_image, of_row) for row, of_row in rows], padding)
+    """Values (B, T), one for each of the ids (B, T): the value of an `<image>` is repeated for each of its features."""
+    rows = []
+    for row, of_row in zip(ids.tolist(), values.tolist()):
+        rows.append(expand_images(row, config.image_id, config.features_per_image, of_row))
+    return left_padded(rows, padding)
 
 
 def left_padded(rows, padding):
