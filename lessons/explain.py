@@ -22,7 +22,6 @@ from tqdm import tqdm
 import questions
 import sample
 from lessons.trace import spelling
-from tokenizer import STYLES
 
 THUMBNAIL = 12  # cells at most along a side of what is kept of a single head: a 7B has 1,024 heads
 TOKENS = 4096  # of a batch of greyed pictures: more takes memory and no less time
@@ -31,10 +30,10 @@ TOKENS = 4096  # of a batch of greyed pictures: more takes memory and no less ti
 def answer_ids(chat, question, images, **options):
     """Ask, and give the ids of the prompt (each <image> expanded) and of the answer, its end included if it came."""
     prompt, pixels = whole_prompt(chat, question, images)
-    answer, end = [], STYLES[chat.style].end
+    answer = []
     for token in chat.model.generate(torch.tensor([prompt]), pixels, **options):
         answer.append(int(token))
-        if end in chat.tokenizer.decode(answer):  # ViP's "###" is plain text
+        if chat.has_ended(answer):  # ViP's end mark is plain text, at which `generate` does not stop
             break
     return prompt, answer
 

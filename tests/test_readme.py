@@ -156,6 +156,14 @@ def test_a_page_begins_with_its_command_and_is_in_the_readme(page):
     assert f"(docs/{page.name})" in README
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page.stem != "untested"], ids=name)
+def test_what_was_never_tested_is_on_one_page(page):
+    for paragraph in re.split(r"\n\n|\n(?=\| )", PAGES[page]):
+        words = " ".join(paragraph.replace("[", "").split())
+        if re.search(r"(?i)\b(not|never)( yet| been)* (tested|tried|run|measured)\b", words):
+            assert "untested.md" in paragraph, words
+
+
 def test_the_reading_guide_names_what_is_there():
     named = 0
     for row in re.findall(r"^\| .* \| (.*) \|$", Path("lessons/reading.md").read_text(encoding="utf-8"), re.M):
