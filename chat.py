@@ -133,7 +133,8 @@ class Chat:
                 self.cut_off = "max_new_tokens" if len(self.answer_ids) == max_new_tokens else "context"
         finally:
             if self.answer_ids:
-                self.messages += [user_message(question, images), {"role": "assistant", "content": without_literals("".join(said))}]
+                answer = {"role": "assistant", "content": without_literals("".join(said))}
+                self.messages += [user_message(question, images), answer]
                 self.images += images
 
     def _recorded(self, prompt, steps):
