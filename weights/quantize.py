@@ -80,14 +80,19 @@ def unpack(packed):
     return torch.stack([packed & 15, packed >> 4], 2).flatten(1).T
 
 
-# How a weight is laid out in two tensors: a class for each number of bits, with the same functions.
+# How a weight is laid out in two tensors, and what can be done with them: a class for each number of bits, with the same functions.
+#
+#     empty         two tensors for so many outputs and inputs, to be filled
+#     quantize      plain weights (N, K) -> the two tensors; dequantize: and back
+#     split         into parts of so many outputs each
+#     repack        the weight as a kernel with this R takes it
 
 
 class Int8:
     """weight: q as it is, (N, K) int8; scales: (N,)."""
 
     products = IN_8_BITS
-    outputs = 0  # the dimension of scales that counts them
+    outputs = 0  # the dimension of scales that they lie along
     dequantize = staticmethod(dequantize_int8)
 
     @staticmethod
