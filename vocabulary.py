@@ -150,7 +150,9 @@ def _added_tokens(folder):
             else:  # {literal: id}; a token that no other file describes is special if it is one of LLaVA's
                 listed = [_token({"content": text, "special": text in SPECIAL_LITERALS}, i) for text, i in raw.items() if text not in found]
             found.update({token.content: token for token in listed})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged, or not a tokenizer's: {error}") from None
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is damaged, or not a tokenizer's: {error!r}") from None
     return list(found.values())
 
@@ -161,6 +163,9 @@ def _token(entry, i):
     if not (isinstance(content, str) and content):
         raise ValueError(f"added token {i} is {content!r}, not a text")
     flags = {flag: entry[flag] for flag in ("special", "normalized", "lstrip", "rstrip", "single_word") if flag in entry}
+    for flag, value in flags.items():
+        if type(value) is not bool:
+            raise ValueError(f"added token {content!r} has {flag} {value!r}; expected true or false")
     return AddedToken(content, operator.index(i), **flags)
 
 

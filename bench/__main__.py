@@ -125,58 +125,75 @@ def bytes_saved(config, library, size, stored):
 
 
 def measure(folder, device, dtype, repeats, schemes, peers, stored, others):
-    """The figures {name: {library: value}}, and of those that have a physical limit {name: limit}.
+    """The figures {name: {library: value}}, of those that have a physical limit {name: limit}, and what the machine can do.
 
     stored: bytes of a weight in the checkpoint; others: {name: function (context) -> tokens a second}, of what is no worker.
     """
     config, name = LlavaConfig.from_pretrained(folder), str(dtype)[6:]
-    weights, size = count_weights(config), dtype.itemsize
+    tokenizer = Tokenizer.from_pretrained(folder)
+    first = len(tokenizer.encode(prompt())) - 1 + config.features_per_image  # tokens of the first turn
+    second = len(tokenizer.encode(SECOND)) + 12  # and the marks of the turns
     libraries = [*list(LIBRARIES)[: 4 if device.startswith("cuda") else 3], *(f"ours, {scheme}" for scheme in schemes), *peers]
     bar = tqdm(total=4 * repeats + 2 * len(libraries) * (repeats + 1), desc="measuring", unit="run")
     begin = in_turn({lib: lambda lib=lib: process_start(lib, folder, device, name) for lib in ("ours", "transformers")}, repeats, bar)
     workers = {lib: Worker(lib, folder, device, name) for lib in libraries}
-
-    def generate(batch, length, repeats=repeats):
-        runs = {lib: partial(worker, "generate", batch=batch, length=length, tokens=NEW_TOKENS) for lib, worker in workers.items()}
-        return in_turn(runs, repeats, bar)
-
-    config_tokens = len(Tokenizer.from_pretrained(folder).encode(prompt())) - 1 + config.features_per_image
-    elsewhere = in_turn({name: lambda run=run: [run(config_tokens)] for name, run in others.items()}, repeats if others else 0, bar)
-    rows = {}
-    for batch, length in ((1, 0), (8, WORDS)):  # one row with a picture, eight of text alone
-        generate(batch, length, 1)  # to warm up, and to compile
-        rows[batch] = generate(batch, length)
-    answer = workers["ours"]("turns")[2]
-    runs = {
-        "ours": lambda: workers["ours"]("turns")[:2],
-        "transformers": lambda: workers["transformers"]("turns", answer=answer),
-    }
-    turns = in_turn(runs, repeats, bar)
+    elsewhere = in_turn({name: lambda run=run: [run(first)] for name, run in others.items()}, repeats if others else 0, bar)
+    one_row = generations(workers, 1, 0, repeats, bar)  # with a picture
+    eight_rows = generations(workers, 8, WORDS, repeats, bar)  # of text alone
+    turns = second_turns(workers, repeats, bar)
     figures = {
         "process start to first token, s": {lib: values[0] for lib, values in begin.items()},
         "load, s": {lib: worker.load for lib, worker in workers.items()},
-        "first token, ms": {lib: 1e3 * values[0] for lib, values in rows[1].items()},
+        "first token, ms": {lib: 1e3 * values[0] for lib, values in one_row.items()},
         "second turn's first token, ms": {lib: 1e3 * values[1] for lib, values in turns.items()},
-        SPEED: {lib: 1 / values[1] for lib, values in rows[1].items()},
-        "decode, 8 rows of text, tokens/s": {lib: 8 / values[1] for lib, values in rows[8].items()},
+        SPEED: {lib: 1 / values[1] for lib, values in one_row.items()},
+        "decode, 8 rows of text, tokens/s": {lib: 8 / values[1] for lib, values in eight_rows.items()},
         "peak memory, GB": {lib: worker("memory")[0] / 1e9 for lib, worker in workers.items()},
     }
     for worker in workers.values():
         worker.close()
     bar.close()
+    limits, bandwidth, throughput = physical_limits(config, device, dtype, stored, first, second)
+    speeds = reading_speeds(config, dtype, stored, first, {lib: values[1] for lib, values in one_row.items() if lib not in PEERS})
+    figures[SPEED] |= {name: values[0] for name, values in elsewhere.items()}
+    figures["decode, 1 row, GB/s"] = {lib: speed / 1e9 for lib, speed in speeds.items()}
+    figures["of what the machine reads, %"] = {lib: 100 * speed / bandwidth for lib, speed in speeds.items()}
+    return figures, limits, {"reads, GB/s": bandwidth / 1e9, "multiplies, TFLOP/s": throughput / 1e12}
 
-    P, tokens = config.features_per_image, len(Tokenizer.from_pretrained(folder).encode(prompt())) - 1
-    first = tokens + P
-    second = len(Tokenizer.from_pretrained(folder).encode(SECOND)) + 12  # and the marks of the turns
+
+def generations(workers, batch, length, repeats, bar):
+    """{library: (seconds to the first token, seconds of each further one)}. length: of a prompt of text alone; 0: with the picture."""
+    runs = {lib: partial(worker, "generate", batch=batch, length=length, tokens=NEW_TOKENS) for lib, worker in workers.items()}
+    in_turn(runs, 1, bar)  # to warm up, and to compile
+    return in_turn(runs, repeats, bar)
+
+
+def second_turns(workers, repeats, bar):
+    """{library: (seconds to the first token of the first turn, and of the second)}; transformers reads our first answer."""
+    answer = workers["ours"]("turns")[2]
+    runs = {
+        "ours": lambda: workers["ours"]("turns")[:2],
+        "transformers": lambda: workers["transformers"]("turns", answer=answer),
+    }
+    return in_turn(runs, repeats, bar)
+
+
+def reading_speeds(config, dtype, stored, first, seconds):
+    """{library: bytes that it reads in a second}. seconds: {library: those of a decode step after a prompt of `first` tokens}."""
+    size = decode_bytes(config, count_weights(config), 1, first + NEW_TOKENS / 2, dtype)
+    return {lib: (size - bytes_saved(config, lib, dtype.itemsize, stored)) / each for lib, each in seconds.items()}
+
+
+def physical_limits(config, device, dtype, stored, first, second):
+    """Of those figures that have one {name: limit}; and the bytes that the machine reads and the operations that it does in a second.
+
+    first, second: tokens of the first turn and of the second.
+    """
+    weights, size = count_weights(config), dtype.itemsize
     bandwidth = read_bandwidth(torch.device(device), weights["text"] * stored)
     throughput = matrix_throughput(torch.device(device), dtype)
     saved = bytes_saved(config, "ours", size, stored)
     reading = lambda rows, prompt=first: (decode_bytes(config, weights, rows, prompt + NEW_TOKENS / 2, dtype) - saved) / bandwidth
-    reads = lambda lib: decode_bytes(config, weights, 1, first + NEW_TOKENS / 2, dtype) - bytes_saved(config, lib, size, stored)
-    speeds = {lib: reads(lib) / values[1] for lib, values in rows[1].items() if lib not in PEERS}
-    figures[SPEED] |= {name: values[0] for name, values in elsewhere.items()}
-    figures["decode, 1 row, GB/s"] = {lib: speed / 1e9 for lib, speed in speeds.items()}
-    figures["of what the machine reads, %"] = {lib: 100 * speed / bandwidth for lib, speed in speeds.items()}
     operations = lambda rows: 2 * weights["text"] * rows / throughput
     limits = {
         "first token, ms": 1e3 * prefill_operations(config, weights, 1, 0, first) / throughput,
@@ -185,7 +202,7 @@ def measure(folder, device, dtype, repeats, schemes, peers, stored, others):
         "decode, 8 rows of text, tokens/s": 8 / max(reading(8, WORDS), operations(8)),
         "peak memory, GB": weights["all"] * size / 1e9,
     }
-    return figures, limits, {"reads, GB/s": bandwidth / 1e9, "multiplies, TFLOP/s": throughput / 1e12}
+    return limits, bandwidth, throughput
 
 
 def measure_loading(folder, device, dtype, repeats, schemes, peers):

@@ -1,8 +1,19 @@
 """What a CPU does faster than the plain forms in llama.py and clip.py. `weights.load.suit` puts it into a model once, when it is loaded.
 
-A decode step has one row, and multiplies each matrix with a vector: there numba's kernels (`kernels.py`) read the matrix as fast as memory
-gives it. numba is optional; without it PyTorch's own kernels are used. A prompt has many rows: there PyTorch's products are used, in
-bfloat16 where the CPU multiplies that, else in float32.
+A decode step has one row, and multiplies each matrix with a vector: it takes as long as reading the matrices takes. A prompt has many
+rows, and takes as long as its arithmetic. What is slow in the plain form, and what stands here in its place:
+
+| when                              | slow without it                                   | here                                      |
+|-----------------------------------|---------------------------------------------------|-------------------------------------------|
+| one row, with numba               | float32 weights are twice the bytes               | row_times_16_bits, row_times_8_bits       |
+| one row, bfloat16, without numba  | oneDNN, PyTorch's library, is made for many rows  | row_by_pytorch                            |
+| one query, with numba             | PyTorch's fused attention, on some CPUs           | attention_of_one                          |
+| one query, bfloat16, without it   | the same                                          | attention_in_two_products                 |
+| many rows, a CPU with bfloat16    | a number of rows that is no multiple of 8         | padded_linear                             |
+| many rows, a CPU without          | all weights in float32 are twice the memory       | rows_times_16_bits: a few at a time       |
+
+numba is optional, and its kernels (`kernels.py`) are for large models alone: the weights of a small one are in the CPU's cache. What
+each of these wins on which CPU stands in docs/speed.md; hardly one wins everywhere. Products with quantised weights are in packed.py.
 """
 
 from contextlib import contextmanager
@@ -17,6 +28,9 @@ from hardware.device import multiplies_bfloat16
 
 PART = 512  # outputs whose weights become float32 at once: a few megabytes, which stay in the CPU's cache
 NUMPY = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}  # NumPy has no bfloat16, and numba no float16: as the bits they are
+
+
+# numba's kernels, and how PyTorch calls them.
 
 
 @cache
@@ -81,7 +95,7 @@ def opaque(result):
 
 @opaque(lambda x, weight: x.new_empty(1, len(weight)))
 def row_by_pytorch(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """By PyTorch's own kernel for bfloat16, which reads the weight (N, K) 1.3 to 1.8 times as fast as oneDNN's."""
+    """By PyTorch's own kernel for bfloat16, without oneDNN. weight: (N, K)."""
     with onednn(False):
         return F.linear(x, weight)
 
@@ -102,12 +116,13 @@ def row_times_8_bits(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor
     return (y * scales).to(x.dtype)
 
 
+# Attention of one query a row, over the first S slots of a cache: q (B, H, 1, E), k and v (B, K, S, E), mask (B, 1, 1, S), which is
+# added to the scores; returns (B, H, 1, E).
+
+
 @opaque(lambda q, k, v, mask: torch.empty_like(q))
 def attention_of_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Attention of one token a row, by the kernel: it reads keys and values once, in the type that they have.
-
-    q: (B, H, 1, E); k, v: (B, K, S, E), the first slots of a cache; mask: (B, 1, 1, S), added to the scores. Returns (B, H, 1, E).
-    """
+    """By the kernel: it reads keys and values once, in the type that they have."""
     B, H, _, E = q.shape
     if k.stride() != v.stride() or k.stride()[2:] != (E, 1):  # not of a cache
         k, v = k.contiguous(), v.contiguous()
@@ -123,13 +138,16 @@ def attention_of_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: to
 
 
 def attention_in_two_products(q, k, v, mask):
-    """The same by PyTorch: in bfloat16 two to four times as fast as its fused kernel with one query."""
+    """By PyTorch, as its two products, in place of its fused kernel."""
     queries = q.view(*k.shape[:2], -1, q.shape[-1])  # (B, K, H / K, E): the query heads that share a head of k
     with onednn(queries.shape[2] > 1):
         # As k qᵀ, not q kᵀ: of a transposed part of the cache oneDNN would make a copy first.
         scores = (k @ queries.transpose(-1, -2)).transpose(-1, -2)
     scores = scores.float() * q.shape[-1] ** -0.5 + mask  # (B, K, H / K, S)
     return (scores.softmax(-1).to(v.dtype) @ v).view(q.shape)
+
+
+# A linear layer for one row and for many.
 
 
 class SixteenBitLinear(nn.Linear):
@@ -164,7 +182,7 @@ def plain_linear(x, weight, bias):
 
 def padded_linear(x, weight, bias):
     """The layer with its rows filled up by zeros to a multiple of 8. oneDNN cuts the rows into blocks, and the vision tower has 577 of
-    them, a prime number: it multiplies those a quarter more slowly than 584."""
+    them, a prime number: 584 it multiplies faster."""
     rows = x.shape[:-1].numel()
     if rows <= 8 or rows % 8 == 0:
         return F.linear(x, weight, bias)

@@ -1,7 +1,15 @@
 """The decode step in the form that is fastest on its device, and its results on their way to the host.
 
 A decode step is a function (token, alive, cache) -> logits of fixed shapes, which writes the cache in place and reads nothing
-back. So a GPU can record it once and replay it (`Graph`), and torch.compile can compile it as it stands (`compiled`).
+back. That makes three things possible:
+
+| slow without it                                                       | here                                  | when                   |
+|-----------------------------------------------------------------------|---------------------------------------|------------------------|
+| the host launches a step's hundreds of kernels one by one             | `Graph` records them, replayed as one | CUDA, at token 2       |
+| the device waits while the host looks at a token                      | `run_ahead`: it has the next to do    | CUDA                   |
+| each small operation between the products reads and writes its result | `compiled` joins them                 | `--compile`, anywhere  |
+
+What they win, where it was measured, stands in docs/speed.md.
 """
 
 import sys
@@ -85,6 +93,9 @@ class Graph:
             with torch.cuda.graph(graph, stream=stream):  # recorded, not run
                 self.logits = step(self.token, self.alive, cache)
         self.graph = graph
+
+
+# From the device to the host.
 
 
 class OnItsWay:

@@ -17,18 +17,25 @@ from safetensors.torch import load_file, save_file
 import convert
 from bench.quality import divergence, expected_error, own_answers
 from chat import Chat
+from hardware import packed
+from hardware.packed import few_rows_on_a_gpu
 from llava import Llava
 from weights import checkpoint, quantize
 from weights.config import LlavaConfig
 from weights.load import outline
 from weights.memory import weight_bytes
-from weights.quantize import GROUPS, QuantizedLinear, dequantize, pack, quantize_int4, quantize_int8, row_product, unpack
+from weights.quantize import GROUPS, QuantizedLinear, dequantize, pack, quantize_int4, quantize_int8, unpack
 
 SCHEMES = [*GROUPS]
 
 
 def random(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def row_product(layer):
+    """The product of a row with a layer's packed weights, as it is written for a GPU's compiler."""
+    return layer.layout.products.row
 
 
 def layer(scheme, N=192, K=256, seed=0, bias=None):
@@ -103,7 +110,7 @@ def test_every_way_to_multiply_gives_the_product_with_the_unpacked_weight(scheme
     y = quantized(x)
     assert y.dtype == dtype and y.shape == expected.shape
     assert (y.float() - expected).abs().max() < 0.02 * expected.abs().max()
-    exact = torch.stack([row_product(row, quantized.weight, quantized.scales) for row in x[0]])
+    exact = torch.stack([row_product(quantized)(row, quantized.weight, quantized.scales) for row in x[0]])
     torch.testing.assert_close(exact + bias, expected[0], rtol=1e-4, atol=1e-4)
 
 
@@ -111,7 +118,7 @@ def test_every_way_to_multiply_gives_the_product_with_the_unpacked_weight(scheme
     "scheme, name", [("int8", "_weight_int8pack_mm"), ("int4", "_weight_int4pack_mm_for_cpu"), ("int4-32", "_weight_int4pack_mm_for_cpu")]
 )
 def test_few_rows_go_to_pytorchs_kernels_and_many_do_not(scheme, name, monkeypatch):
-    if scheme != "int8" and quantize.cpu_rows() == 2:
+    if scheme != "int8" and packed.rows_of_the_kernel(pack) == 2:
         pytest.skip("PyTorch packs 4 bits otherwise on this CPU")
     calls, kernel = [], getattr(torch.ops.aten, name)
     monkeypatch.setattr(torch.ops.aten, name, lambda *args: calls.append(len(args[0])) or kernel(*args))
@@ -168,21 +175,26 @@ def test_an_old_gpus_compiler_is_handed_no_bfloat16(scheme, dtype, monkeypatch):
     """Inductor skips what has an input in bfloat16 below compute capability 8: neither scales nor x may be such."""
     handed = []
 
-    def compiled(x, weight, scales):
-        handed.extend((x.dtype, scales.dtype))
-        return row_product(x, weight, scales)
+    def compiled(product, device):
+        def row(x, weight, scales):
+            handed.extend((x.dtype, scales.dtype))
+            return product(x, weight, scales)
+
+        return row
 
     weight, quantized = layer(scheme)
+    product = row_product(quantized)
     x = random(3, 256, seed=1).to(dtype)
-    expected = torch.stack([row_product(row, quantized.weight, quantized.scales) for row in x]).to(dtype)
-    monkeypatch.setattr(quantize, "compiled_row_product", lambda device: compiled)
-    assert torch.equal(quantize.gpu_product(x, quantized.weight, quantized.scales), expected)
+    expected = torch.stack([product(row, quantized.weight, quantized.scales) for row in x])
+    monkeypatch.setattr(packed, "compiled", compiled)
+    assert torch.equal(few_rows_on_a_gpu(product, x, quantized.weight, quantized.scales), expected)
     assert handed == [dtype, torch.bfloat16] * 3  # a newer one takes both as they are
     handed.clear()
-    monkeypatch.setattr(quantize, "lacks_bfloat16", lambda device: True)
+    for module in (packed, quantize):
+        monkeypatch.setattr(module, "lacks_bfloat16", lambda device: True)
     quantized.settle()
-    y = quantize.gpu_product(x, quantized.weight, quantized.scales)
-    assert y.dtype == dtype and len(handed) == 6 and torch.bfloat16 not in handed
+    y = few_rows_on_a_gpu(product, x, quantized.weight, quantized.scales)
+    assert len(handed) == 6 and torch.bfloat16 not in handed
     torch.testing.assert_close(y, expected)
 
 
@@ -191,17 +203,17 @@ def test_an_old_gpus_compiler_is_handed_no_bfloat16(scheme, dtype, monkeypatch):
 )
 def test_which_gpus_lack_bfloat16(device, capability, lacks, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    quantize.lacks_bfloat16.cache_clear()
-    assert quantize.lacks_bfloat16(torch.device(device)) == lacks
-    quantize.lacks_bfloat16.cache_clear()
+    packed.lacks_bfloat16.cache_clear()
+    assert packed.lacks_bfloat16(torch.device(device)) == lacks
+    packed.lacks_bfloat16.cache_clear()
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_the_row_product_is_one_graph(scheme):
     _, quantized = layer(scheme)
     x = random(256, seed=1)
-    product = torch.compile(row_product, fullgraph=True, dynamic=False, backend="aot_eager")
-    expected = row_product(x, quantized.weight, quantized.scales)
+    product = torch.compile(row_product(quantized), fullgraph=True, dynamic=False, backend="aot_eager")
+    expected = row_product(quantized)(x, quantized.weight, quantized.scales)
     torch.testing.assert_close(product(x, quantized.weight, quantized.scales), expected)
 
 

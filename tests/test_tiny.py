@@ -1,11 +1,14 @@
 """The tiny world keeps its promises, and the bundled checkpoint knows it."""
 
+import json
+from pathlib import Path
 from random import Random
 
 import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from sentencepiece import SentencePieceProcessor
 
 from chat import Chat
 from tiny.grade import as_markdown, commonest, grade, grade_marks, table
@@ -24,6 +27,7 @@ from tiny.world import (
     names,
     write,
 )
+from weights.settings import settings, write_files
 
 
 def test_training_and_held_out_scenes_never_meet():
@@ -160,3 +164,13 @@ def test_the_bundled_vip_llava_chats_about_a_mark_that_is_added(tmp_path):
     answer = "".join(chat.ask(question, [image]))
     chat.reset()
     assert answer.endswith(".") and "".join(chat.ask(question, [image])).endswith(".") and "#" not in answer
+
+
+@pytest.mark.parametrize("folder", [Path("tiny/llava"), Path("tiny/vip-llava")])
+def test_the_files_beside_the_weights_are_written_as_they_stand_here(folder, tmp_path):
+    model = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    files = settings(json.loads((folder / "config.json").read_text()), model)
+    write_files(tmp_path, files)
+    assert len(files) == 6
+    for name in {*files} - {"config.json"}:
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name

@@ -458,6 +458,21 @@ def test_what_is_not_honoured_is_refused_by_name(flags, tmp_path):
         with_added(tmp_path, **flags)
 
 
+@pytest.mark.parametrize("flag", ["special", "normalized", "lstrip", "rstrip", "single_word"])
+@pytest.mark.parametrize("value", ["yes", 1, [True]])
+def test_a_flag_that_is_neither_true_nor_false_is_refused(flag, value, tmp_path):
+    message = re.escape(f"'<loc_1>' has {flag} {value!r}; expected true or false")
+    with pytest.raises(ValueError, match=f"tokenizer_config.json.*{message}"):
+        with_added(tmp_path, **{flag: value})
+    for name in ("tokenizer_config.json", "tokenizer.model"):
+        (tmp_path / name).unlink()
+    raw = json.loads(Path("tiny/llava/tokenizer.json").read_text())
+    raw["added_tokens"].append({"id": 512, "content": "<loc_1>", flag: value})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match=f"tokenizer.json.*{message}"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
 def test_an_added_token_in_the_place_of_another(folder):
     (folder / "added_tokens.json").write_text('{"<image>": 300, "<pad>": 513}')
     with pytest.raises(ValueError, match="'<image>' has id 300, which is .* in the vocabulary"):

@@ -12,7 +12,6 @@ the marks out of the patches, and what is not in them the language model cannot 
 
 import argparse
 import io
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +37,7 @@ from train import learning_rate
 from training.data import collate, encode_conversation
 from weights.checkpoint import save_checkpoint
 from weights.config import LlavaConfig
+from weights.settings import settings, write_files
 
 PIECES = 510  # of the SentencePiece model; <image> and <pad> make it 512
 VISION = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=5, num_attention_heads=4, image_size=SIDE, patch_size=14)
@@ -50,7 +50,6 @@ FAMILIES = {
     "llava": dict(architectures=["LlavaForConditionalGeneration"], model_type="llava", vision_feature_layer=-2),
     "vip": dict(architectures=["VipLlavaForConditionalGeneration"], model_type="vipllava", vision_feature_layers=[-2, -3, -4, -5]),
 }
-MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # CLIP's own
 VARIANTS = 8  # scenes in a CLIP batch that differ from one another in a single thing
 
 
@@ -67,9 +66,8 @@ def as_dialogue(style, random):
     return chat_prompt(messages, style)
 
 
-def write_text_files(folder, style, seed):
-    """The tokenizer, trained on the world's own words with Llama's settings, and the JSON files of a checkpoint."""
-    folder.mkdir(parents=True, exist_ok=True)
+def train_tokenizer(style, seed):
+    """A SentencePiece model of the world's own words, with Llama's settings, serialised."""
     texts = []
     for n in range(4000):
         texts += as_dialogue(style, Random(f"{seed} words {n}")).split("</s>")
@@ -79,92 +77,26 @@ def write_text_files(folder, style, seed):
         add_dummy_prefix=True, remove_extra_whitespaces=False, normalization_rule_name="identity", split_digits=True,
         hard_vocab_limit=False, num_threads=1, minloglevel=2,
     )  # fmt: skip
-    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return model.getvalue()
 
-    special = {0: "<unk>", 1: "<s>", 2: "</s>", PIECES: "<image>", PIECES + 1: "<pad>"}
-    plain = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
-    special = {i: {"content": content, **plain, "special": True} for i, content in special.items()}
-    files = {
-        "tokenizer.json": as_tokenizer_json(SentencePieceProcessor(model_proto=model.getvalue()), special),
-        "config.json": {
-            **FAMILIES[style],
-            "image_token_index": PIECES,
-            "pad_token_id": PIECES + 1,
-            "image_seq_length": (SIDE // 14) ** 2,
-            "torch_dtype": "float16",
-            "vision_feature_select_strategy": "default",
-            "tie_word_embeddings": False,
-            "vision_config": {"model_type": "clip_vision_model", **VISION},
-            "text_config": {"model_type": "llama", **TEXT},
-        },
-        "generation_config.json": {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": PIECES + 1},
-        "preprocessor_config.json": {
-            "image_processor_type": "CLIPImageProcessor",
-            "processor_class": "LlavaProcessor",
-            "size": {"shortest_edge": SIDE},
-            "crop_size": {"height": SIDE, "width": SIDE},
-            "image_mean": MEAN,
-            "image_std": STD,
-            "resample": 3,
-            "rescale_factor": 0.00392156862745098,
-            **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"), True),
-        },
-        "processor_config.json": {
-            "processor_class": "LlavaProcessor",
-            "image_token": "<image>",
-            "patch_size": 14,
-            "num_additional_image_tokens": 1,
-            "vision_feature_select_strategy": "default",
-        },
-        "tokenizer_config.json": {
-            "tokenizer_class": "LlamaTokenizer",
-            "add_bos_token": True,
-            "add_eos_token": False,
-            "legacy": False,
-            "padding_side": "left",
-            "clean_up_tokenization_spaces": False,
-            "bos_token": "<s>",
-            "eos_token": "</s>",
-            "unk_token": "<unk>",
-            "pad_token": "<pad>",
-            "image_token": "<image>",
-            "extra_special_tokens": {"image_token": "<image>"},
-            "added_tokens_decoder": special,
-        },
+
+def write_text_files(folder, style, seed):
+    """All of a checkpoint but its weights: the tokenizer and the JSON files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = train_tokenizer(style, seed)
+    (folder / "tokenizer.model").write_bytes(model)
+    config = {
+        **FAMILIES[style],
+        "image_token_index": PIECES,
+        "pad_token_id": PIECES + 1,
+        "image_seq_length": (SIDE // 14) ** 2,
+        "torch_dtype": "float16",
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": False,
+        "vision_config": {"model_type": "clip_vision_model", **VISION},
+        "text_config": {"model_type": "llama", **TEXT},
     }
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def as_tokenizer_json(model, special_tokens):
-    """The same tokenizer in the form that transformers runs (this project does not read it): each piece becomes the
-    merges that can make it, in the order of the pieces' scores; the rest is Llama's fixed recipe."""
-    pieces = {model.id_to_piece(i): i for i in range(len(model))}
-    merges = []
-    for piece in sorted(pieces, key=lambda piece: -model.get_score(pieces[piece])):
-        splits = [(piece[:k], piece[k:]) for k in range(1, len(piece))]
-        splits = [(left, right) for left, right in splits if left in pieces and right in pieces]
-        merges += sorted(splits, key=lambda split: (pieces[split[0]], pieces[split[1]]))
-    swap = lambda old, new: {"type": "Replace", "pattern": {"String": old}, "content": new}
-    return {
-        "version": "1.0",
-        "added_tokens": [{"id": i, **token} for i, token in special_tokens.items()],
-        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, swap(" ", "▁")]},
-        "pre_tokenizer": None,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-            + [{"SpecialToken": {"id": "<s>", "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}],
-            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
-        },
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [swap("▁", " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
-            + [{"type": "Strip", "content": " ", "start": 1, "stop": 0}],
-        },
-        "model": {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True, "vocab": pieces, "merges": merges},
-    }
+    write_files(folder, settings(config, SentencePieceProcessor(model_proto=model)))
 
 
 def initialise(module):

@@ -1,7 +1,10 @@
-"""A Hugging Face checkpoint on disk: where it is, what its tensors are called, how they come in and go out.
+"""A Hugging Face checkpoint on disk: what its tensors are called, where it is, how they come in and go out. Imports nothing of ours.
 
-Imports nothing of ours. The model's parameters carry the published leaf names (`q_proj`, `layer_norm1`), so weights need
-no surgery; only the path in front of a leaf differs, and the two tables below are all there is to that.
+The model's parameters carry the published leaf names (`q_proj`, `layer_norm1`), so weights need no surgery. Only the path in front
+of a leaf differs, and the two tables below are all there is to that.
+
+A weight file (safetensors) begins with a header: names, shapes and types. So a checkpoint is compared with the model before any weight is
+read; then the weights come one at a time, each straight to its device and type, and no second copy of the model is ever in memory.
 """
 
 import json
@@ -16,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-# Four layouts of names exist: as published, and what three generations of transformers save. Each rewrite is tried once,
+# Names. Four layouts of them exist: as published, and what three generations of transformers save. Each rewrite is tried once,
 # in order, on the front of a name, and leads to the names of our modules.
 TO_OURS = (
     ("model.", ""),
@@ -38,11 +41,6 @@ TO_PUBLISHED = (
     ("vision_tower.", "vision_tower.vision_model.embeddings."),
 )
 COMPUTED = (".position_ids", ".rotary_emb.inv_freq")  # tables that old files store and every model computes
-DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-LFS_POINTER = b"version https://git-lfs"  # how the file begins that stands for a large one in a git repository
-NULL_IS_A_VALUE = ("sliding_window",)  # a Mistral whose window is null has none; one that leaves it out has the default one
-JSON_NAMES = {dict: "object", list: "list"}
-PACKED = DTYPES | {"I8": torch.int8, "U8": torch.uint8}  # what quantised layers are stored in
 
 
 def our_name(name):
@@ -54,6 +52,13 @@ def our_name(name):
 
 def published_name(name):
     return next(new + name.removeprefix(old) for old, new in TO_PUBLISHED if name.startswith(old))
+
+
+# The folder, and the JSON files in it.
+
+NULL_IS_A_VALUE = ("sliding_window",)  # a Mistral whose window is null has none; one that leaves it out has the default one
+JSON_NAMES = {dict: "object", list: "list"}
+LFS_POINTER = b"version https://git-lfs"  # how the file begins that stands for a large one in a git repository
 
 
 def checkpoint_folder(folder_or_hub_name, *more):
@@ -77,17 +82,6 @@ def checkpoint_folder(folder_or_hub_name, *more):
     except Exception as error:  # of the network, the hub or the disk, in the types of several libraries
         reason = " ".join(str(error).split()) or repr(error)
         raise FileNotFoundError(f"{name}: no such folder, and it could not be fetched from the hub: {reason}") from None
-
-
-def unreadable(path, error):
-    """What to raise where the system refuses to open a file of a checkpoint."""
-    if isinstance(error, FileNotFoundError) and path.is_symlink():
-        return FileNotFoundError(f"{path} is a link to {os.readlink(path)}, which is not there; fetch the checkpoint again")
-    if isinstance(error, FileNotFoundError):
-        return FileNotFoundError(f"{path.parent} has no {path.name}: it must hold a whole Hugging Face checkpoint")
-    if isinstance(error, PermissionError):
-        return PermissionError(f"{path} may not be read: permission denied; ask its owner, or fetch the checkpoint anew")
-    return OSError(f"{path} cannot be read: {error.strerror}; fetch or copy the checkpoint again")  # a loop of links, a damaged disk
 
 
 def read_json(path, kind=dict):
@@ -116,6 +110,17 @@ def _without_null(pairs):
     return {name: value for name, value in pairs if value is not None or name in NULL_IS_A_VALUE}
 
 
+def unreadable(path, error):
+    """What to raise where the system refuses to open a file of a checkpoint."""
+    if isinstance(error, FileNotFoundError) and path.is_symlink():
+        return FileNotFoundError(f"{path} is a link to {os.readlink(path)}, which is not there; fetch the checkpoint again")
+    if isinstance(error, FileNotFoundError):
+        return FileNotFoundError(f"{path.parent} has no {path.name}: it must hold a whole Hugging Face checkpoint")
+    if isinstance(error, PermissionError):
+        return PermissionError(f"{path} may not be read: permission denied; ask its owner, or fetch the checkpoint anew")
+    return OSError(f"{path} cannot be read: {error.strerror}; fetch or copy the checkpoint again")  # a loop of links, a damaged disk
+
+
 def refuse_pointer(path):
     """Raises OSError for a file that may not be read, and ValueError for one that `git clone` left to Git LFS to fetch."""
     try:
@@ -125,6 +130,12 @@ def refuse_pointer(path):
         raise unreadable(path, error) from None
     if start == LFS_POINTER:
         raise ValueError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs install` and `git lfs pull` in {path.parent}")
+
+
+# The weight files, and what their headers say that they hold.
+
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+PACKED = DTYPES | {"I8": torch.int8, "U8": torch.uint8}  # what quantised layers are stored in
 
 
 class Stored(NamedTuple):
@@ -206,6 +217,9 @@ def headers_of(path):
         raise OSError(f"{path} cannot be mapped into memory ({error}), as on some network disks; copy it to a local disk") from None
 
 
+# Into a model.
+
+
 def differences(shapes, packed, stored):
     """Where a model and the files disagree: {what is wrong: [names, with what was found]}, without what is right.
 
@@ -272,6 +286,9 @@ def fill(model, stored, device, dtype, quantizers=None, copy=False, keep=()):
             wanted = tensor.dtype if name in keep else dtype
             parameter = nn.Parameter(tensor.to(device, wanted, copy=copy), requires_grad=False)
             setattr(model.get_submodule(parent), leaf, parameter)
+
+
+# And out of it.
 
 
 def save_checkpoint(model, source, out, dtype, given=None):

@@ -1,9 +1,25 @@
 """What a checkpoint's config.json says, what it leaves out, and where it is wrong.
 
 Published files are sparse: what equals the default of Hugging Face's config class is left out, so the dataclasses have the
-same defaults (`CLIPVisionConfig` and `LlamaConfig` stand beside the towers they shape). A field that is null counts as left out.
+same defaults (`CLIPVisionConfig` and `LlamaConfig` stand beside the towers they shape). Beyond that:
 
-First comes what published files leave out, then how each part of them is read, then which values fit a field.
+| published files                                                | are read as                                              |
+|----------------------------------------------------------------|----------------------------------------------------------|
+| a field that is null                                           | left out; but a Mistral whose window is null has none    |
+| no vision_config at all                                        | the tower of LLaVA-1.5, VIT_L_14_336                     |
+| a Mistral's text_config                                        | with a Mistral's defaults, MISTRAL                       |
+| a Llama's with a sliding_window                                | without it: no Llama was trained with one                |
+| image_token_index, in newer files image_token_id               | image_id                                                 |
+| rope_theta beside the other fields, or in an object of RoPE's  | rope_theta                                               |
+| ViP-LLaVA's vision_feature_layer or vision_feature_layers      | vision_layers; where a file has both, the plural's       |
+| ViP-7B's vision_feature_layer: -2                              | VIP_LAYERS, as the width of its projector says           |
+| ViP-LLaVA's vision_feature_select_strategy                     | "default": it has no choice                              |
+| tie_word_embeddings, in text_config or outside                 | tied if one says so and no other head is stored          |
+| pad_token_id -1, as in the first Llama's                       | none: any other token does                               |
+| eos_token_id in generation_config.json too                     | generation_config.json's                                 |
+
+`weights.load.as_stored` does the two for which the weights are needed. This file has the defaults, then how each part of a config.json is
+read, then which values fit a field.
 """
 
 from dataclasses import dataclass, fields
@@ -14,11 +30,11 @@ from clip import CLIPVisionConfig
 from llama import LlamaConfig
 from weights.checkpoint import read_json
 
-# LLaVA's vision tower, which of its layers ViP-LLaVA reads, in this order, and what a Mistral has where a Llama has something else.
+# What published files leave out.
 VIT_L_14_336 = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14)
-VIP_LAYERS = [-2, -5, -8, -11, 6]  # states 23, 20, 17, 14 and 6 of the 25: fine lines are lost higher up
+VIP_LAYERS = [-2, -5, -8, -11, 6]  # in this order: states 23, 20, 17, 14 and 6 of the 25; fine lines are lost higher up
+LLAVA_LAYER = -2  # the last state but one
 MISTRAL = dict(intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096)
-LLAVA_LAYER = -2
 IMAGE_ID, EOS_ID = 32000, 2
 
 
@@ -65,12 +81,10 @@ class LlavaConfig:
 
 def llava_config(raw, generation):
     """A LlavaConfig from what config.json and generation_config.json hold. Raises ValueError, naming the field."""
-    raw = dict(raw)
-    raw.setdefault("model_type", None)  # so that a file without one is refused below
-    raw.setdefault("image_token_index", raw.get("image_token_id", IMAGE_ID))  # newer files call it image_token_id
+    raw = {"model_type": None, "image_token_index": raw.get("image_token_id", IMAGE_ID), **raw}  # without a model_type it is refused
     vip = raw["model_type"] == "vipllava"
-    if vip:  # it has no choice here, whatever its files say
-        raw["vision_feature_select_strategy"], raw["multimodal_projector_bias"] = "default", True
+    if vip:
+        raw |= {"vision_feature_select_strategy": "default", "multimodal_projector_bias": True}
     check("config.json", raw, LLAVA)
     raw_text = raw.get("text_config", {})
     tied = raw.get("tie_word_embeddings", False) or raw_text.get("tie_word_embeddings", False)
@@ -111,8 +125,7 @@ def text_config(raw):
     if raw.get("model_type") == "mistral":
         values = MISTRAL | raw | rope
     else:
-        values = raw | rope
-        values["sliding_window"] = None  # files of Llamas may name one, but no Llama was trained with it, and transformers has none either
+        values = raw | rope | {"sliding_window": None}  # as in transformers
     config = LlamaConfig(**known(values, LlamaConfig))
     if config.num_attention_heads % config.num_key_value_heads:
         heads = f"{config.num_attention_heads} query heads cannot share {config.num_key_value_heads} key/value heads evenly"
@@ -123,7 +136,7 @@ def text_config(raw):
 
 
 def rope_settings(raw):
-    """rope_type, and rope_theta if it is among RoPE's settings: newer files keep them in one object, older ones beside the other fields."""
+    """rope_type, and rope_theta if it is in an object of RoPE's settings, as newer files have it."""
     said = {}
     for name in ("rope_scaling", "rope_parameters"):
         said.update(raw.get(name, {}))
@@ -140,7 +153,7 @@ def known(raw, config_class):
 
 def vision_layers(raw, vip, depth):
     """The hidden states that the projector reads, as a list. Raises ValueError for one that a tower of this depth has not."""
-    if vip:  # the field was published in both spellings; where a file has both, the plural is right
+    if vip:
         layers = raw.get("vision_feature_layers", raw.get("vision_feature_layer", VIP_LAYERS))
     else:
         layers = raw.get("vision_feature_layer", LLAVA_LAYER)
@@ -157,7 +170,7 @@ def ending_and_padding(said, image_id, vocab_size):
     eos = said.get("eos_token_id", EOS_ID)
     check("config.json", said, {"eos_token_id": TOKENS, "pad_token_id": TOKEN})
     eos_ids = tuple(eos) if isinstance(eos, list) else (eos,)
-    pad = said.get("pad_token_id", -1)  # so the first Llama's config says that there is none
+    pad = said.get("pad_token_id", -1)
     if not 0 <= pad < vocab_size or pad == image_id:  # any other does: nothing looks at padding
         pad = eos_ids[0] if eos_ids else 0
     return eos_ids, pad
@@ -174,7 +187,7 @@ def chat_style(raw, vip, raw_text):
     return raw.get("chat_style", style)
 
 
-# Which values fit a field. One table for each part of the file; `check` holds the part against its table.
+# Which values fit a field. First what a field is and how fields are checked, then one table for each part of config.json.
 
 
 class Field(NamedTuple):

@@ -1,4 +1,5 @@
-"""From files to a model: each weight is read straight to where it stays, and what is faster on the device takes its place.
+"""From files to a model. The config is read and held against the weights (`as_stored`); a model without memory is made (`outline`);
+each weight is read straight to where it stays (`checkpoint.fill`); what is faster on the device takes its place (`suit`).
 
 `load` is the body of `Llava.from_pretrained`. It is handed the class, because `llava.py` imports this file.
 """
@@ -43,34 +44,6 @@ def load(cls, folder_or_hub_name, device, dtype, quantize, mapped):
     return model.eval()
 
 
-def stay_in_16_bits(model, stored, device, dtype):
-    """Names of the linear layers' weights that stay in the 16 bits in which they are stored, though the model computes in float32: on
-    a CPU with kernels that make float32 of them as they read them. The numbers are the same, in half the bytes."""
-    if dtype != torch.float32 or not has_kernels(model, device):
-        return set()
-    names = {f"{name}.weight" for name, layer in model.named_modules() if type(layer) is nn.Linear}
-    return {name for name in names if name in stored and stored[name].kind in ("F16", "BF16")}
-
-
-def loaded_bytes(cls, folder, config, device, dtype, scheme=None):
-    """What the weights of the checkpoint in a folder will take on the device."""
-    model = outline(cls, config, scheme)
-    weights = weight_bytes(model, dtype)
-    if dtype == torch.float32 and not config.quantized and has_kernels(model, device):
-        for name in stay_in_16_bits(model, read_headers(folder), device, dtype):
-            weights -= 2 * model.get_parameter(name).numel()  # of 4 bytes 2 are stored
-    return weights
-
-
-def outline(cls, config, scheme=None):
-    """A model without memory: its parameters have a shape and a type. scheme: with quantised layers, to be filled."""
-    with torch.device("meta"):
-        model = cls(config)
-        if scheme is not None:
-            put_quantized(model, scheme)
-    return model
-
-
 def as_stored(config, stored):
     """The LlavaConfig, corrected by the weights themselves where config.json is stale. stored: {our name: Stored}.
 
@@ -91,6 +64,15 @@ def as_stored(config, stored):
     return config
 
 
+def outline(cls, config, scheme=None):
+    """A model without memory: its parameters have a shape and a type. scheme: with quantised layers, to be filled."""
+    with torch.device("meta"):
+        model = cls(config)
+        if scheme is not None:
+            put_quantized(model, scheme)
+    return model
+
+
 def tie_head(language_model, quantizer=None):
     """Let the output head share the embeddings' matrix, or have a quantised copy of it."""
     embeddings = language_model.embed_tokens.weight
@@ -98,6 +80,34 @@ def tie_head(language_model, quantizer=None):
         language_model.lm_head.weight = embeddings
     else:
         language_model.lm_head = quantizer(embeddings)
+
+
+def loaded_bytes(cls, folder, config, device, dtype, scheme=None):
+    """What the weights of the checkpoint in a folder will take on the device."""
+    model = outline(cls, config, scheme)
+    weights = weight_bytes(model, dtype)
+    if dtype == torch.float32 and not config.quantized and has_kernels(model, device):
+        for name in stay_in_16_bits(model, read_headers(folder), device, dtype):
+            weights -= 2 * model.get_parameter(name).numel()  # of 4 bytes 2 are stored
+    return weights
+
+
+def stay_in_16_bits(model, stored, device, dtype):
+    """Names of the linear layers' weights that stay in the 16 bits in which they are stored, though the model computes in float32: on
+    a CPU with kernels that make float32 of them as they read them. The numbers are the same, in half the bytes."""
+    if dtype != torch.float32 or not has_kernels(model, device):
+        return set()
+    names = {f"{name}.weight" for name, layer in model.named_modules() if type(layer) is nn.Linear}
+    return {name for name in names if name in stored and stored[name].kind in ("F16", "BF16")}
+
+
+def has_kernels(model, device):
+    """Whether the CPU's kernels for one row are there, and the model is large enough to gain by them."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return torch.device(device).type == "cpu" and parameters >= SMALL and cpu.has_kernels()
+
+
+# What is faster on a device, in the places of the plain forms. What each of them is for stands in hardware/cpu.py and hardware/gpu.py.
 
 
 def suit(model):
@@ -114,12 +124,6 @@ def suit(model):
         if gpu.shares_heads_slowly(device, dtype):
             for block in blocks:
                 block.self_attn.attend = own_heads
-
-
-def has_kernels(model, device):
-    """Whether the CPU's kernels for one row are there, and the model is large enough to gain by them."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return torch.device(device).type == "cpu" and parameters >= SMALL and cpu.has_kernels()
 
 
 def suit_cpu(model, kernels):
