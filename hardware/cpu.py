@@ -102,6 +102,15 @@ def row_times_8_bits(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor
     return (y * scales).to(x.dtype)
 
 
+@opaque(lambda x, weight, scales: x.new_empty(1, scales.shape[1]))
+def row_times_4_bits(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """With w ≈ scale · (q − 8) + zero. weight: packed q (N / R, K, R / 2) uint8; scales: scales and zeros (K / group, N, 2)."""
+    y = torch.empty(1, scales.shape[1])
+    grids = scales.view(torch.int32).squeeze(-1).view(torch.uint32)
+    kernels().four_bits_times_vector(array(weight), array(grids), array(x[0].float()), array(y[0]))
+    return y.to(x.dtype)
+
+
 @opaque(lambda q, k, v, mask: torch.empty_like(q))
 def attention_of_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Attention of one token a row, by the kernel: it reads keys and values once, in the type that they have.
