@@ -116,6 +116,15 @@ def row_times_8_bits(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor
     return (y * scales).to(x.dtype)
 
 
+@opaque(lambda x, weight, scales: x.new_empty(1, scales.shape[1]))
+def row_times_4_bits(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """With w ≈ scale · (q − 8) + zero. weight: packed q (N / R, K, R / 2) uint8; scales: scales and zeros (K / group, N, 2)."""
+    y = torch.empty(1, scales.shape[1])
+    grids = scales.view(torch.int32).squeeze(-1).view(torch.uint32)
+    kernels().four_bits_times_vector(array(weight), array(grids), array(x[0].float()), array(y[0]))
+    return y.to(x.dtype)
+
+
 # Attention of one query a row, over the first S slots of a cache: q (B, H, 1, E), k and v (B, K, S, E), mask (B, 1, 1, S), which is
 # added to the scores; returns (B, H, 1, E).
 

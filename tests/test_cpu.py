@@ -16,6 +16,7 @@ from hardware.cpu import (
     SixteenBitLinear,
     attention_in_two_products,
     attention_of_one,
+    row_times_4_bits,
     row_times_8_bits,
     row_times_16_bits,
 )
@@ -25,7 +26,7 @@ from llava import Llava
 from tests.compare import FAMILIES, FIXTURES, load
 from tests.test_generate import generated, prompt
 from weights import load as loading
-from weights.quantize import QuantizedLinear, dequantize
+from weights.quantize import GROUPS, QuantizedLinear, dequantize, pack, quantize_int4
 
 NUMBA = pytest.mark.skipif(not cpu.has_kernels(), reason="the kernels need numba and a CPU with AVX2")
 ODD = [(1, 1), (2, 5), (7, 40), (129, 333), (64, 2049)]  # rows and columns that no width of a vector divides
@@ -88,6 +89,23 @@ def test_a_row_times_8_bits_is_that_of_float64(N, K, threads):
 
 
 @NUMBA
+@pytest.mark.parametrize("N, K", [(64, 128), (192, 384), (320, 1152)])
+@pytest.mark.parametrize("scheme", ["int4", "int4-32", "int4-128"])
+@pytest.mark.parametrize("rows", [32, 64])  # packed together: for AVX2 and for AVX-512
+def test_a_row_times_4_bits_is_that_of_float64(N, K, scheme, rows, threads):
+    group = GROUPS[scheme]
+    x, weight = random(1, K, seed=2) * (1 + torch.arange(K) % 7), random(N, K)
+    q, scales = quantize_int4(weight, group)
+    packed = pack(q, rows)
+    expected = x.double() @ dequantize(packed, scales, torch.float64).T
+    steps = x.view(-1, group).abs().amax(1) / 32767  # x is rounded to a multiple of its group's step, so it errs by half of that
+    at_most = (scales[..., 0].double().T * q.view(N, -1, group).sum(2) * steps / 2).sum(1)
+    assert ((row_times_4_bits(x, packed, scales) - expected).abs() < at_most + 1e-6 * expected.abs().max()).all()
+    assert row_times_4_bits(x * 0, packed, scales).abs().max() == 0
+    assert row_times_4_bits(x.bfloat16(), packed, scales).dtype == torch.bfloat16
+
+
+@NUMBA
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_stays_so(value):
     for dtype in (torch.bfloat16, torch.float16):
@@ -98,6 +116,8 @@ def test_what_is_not_finite_stays_so(value):
     layer, x = QuantizedLinear.of(random(4, 64), "int8"), random(1, 64, seed=1)
     x[0, 5] = value
     assert not row_times_8_bits(x, layer.weight, layer.scales).isfinite().any()
+    q, scales = quantize_int4(random(64, 64), 32)
+    assert not row_times_4_bits(x, pack(q, 32), scales).isfinite().any()
 
 
 @NUMBA
@@ -114,6 +134,16 @@ def test_memory_may_begin_anywhere(misplaced, dtype, tmp_path):
     x = random(1, 24, seed=1)
     y = row_times_8_bits(x, same, torch.ones(7)) if dtype == torch.int8 else row_times_16_bits(x, same)
     torch.testing.assert_close(y, x @ weight.float().T)
+
+
+@NUMBA
+@pytest.mark.parametrize("misplaced", [4, 12])
+def test_packed_memory_may_begin_anywhere(misplaced):
+    q, scales = quantize_int4(random(64, 128), 64)
+    packed, x = pack(q, 32), random(1, 128, seed=1)
+    places = [torch.zeros(tensor.nbytes + misplaced, dtype=torch.uint8) for tensor in (packed, scales)]
+    moved = [place[misplaced:].view(tensor.dtype).view(tensor.shape).copy_(tensor) for place, tensor in zip(places, (packed, scales))]
+    assert torch.equal(row_times_4_bits(x, *moved), row_times_4_bits(x, packed, scales))
 
 
 @NUMBA
@@ -251,6 +281,11 @@ def test_a_small_model_stays_as_it_is():
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
+def test_packing_without_a_kernel_has_none():
+    q, _ = quantize_int4(random(64, 64), 64)
+    assert [loading.one_quantized_row(pack(q, rows)) for rows in (2, 32, 64)] == [None, row_times_4_bits, row_times_4_bits]
+
+
 @pytest.mark.parametrize("scheme", ["int8", "int4", "int4-32"])
 @pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
 def test_quantised_layers_get_their_kernel(scheme, capability, numba, monkeypatch):
@@ -261,7 +296,7 @@ def test_quantised_layers_get_their_kernel(scheme, capability, numba, monkeypatc
     model = Llava.from_pretrained("tiny/llava", dtype=torch.float32, quantize=scheme)
     block = model.language_model.layers[0]
     assert model.language_model.lm_head.one_row is row_times_8_bits
-    assert block.mlp.up_proj.one_row is (row_times_8_bits if scheme == "int8" else None)
+    assert block.mlp.up_proj.one_row is (row_times_8_bits if scheme == "int8" else row_times_4_bits)
     for name, layer in model.named_modules():
         if isinstance(layer, QuantizedLinear):
             other = plain.get_submodule(name)

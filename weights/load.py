@@ -133,12 +133,19 @@ def suit_cpu(model, kernels):
     for name, layer in list(model.named_modules()):
         if type(layer) is nn.Linear and layer.weight.dtype in kinds:
             model.set_submodule(name, cpu.SixteenBitLinear(layer, one_row))
-        if kernels and isinstance(layer, QuantizedLinear) and layer.weight.dtype == torch.int8:  # in 4 bits PyTorch's own is as fast
-            layer.one_row = cpu.row_times_8_bits
+        if kernels and isinstance(layer, QuantizedLinear):
+            layer.one_row = one_quantized_row(layer.weight)
     if kernels or model.dtype == torch.bfloat16:
         attend = cpu.attention_of_one if kernels else cpu.attention_in_two_products
         for block in model.language_model.layers:
             block.self_attn.attend = partial(one_query_apart, attend)
+
+
+def one_quantized_row(weight):
+    """The CPU's product of one row with a packed weight, or None where its kernel wants other packing."""
+    if weight.dtype == torch.int8:
+        return cpu.row_times_8_bits
+    return cpu.row_times_4_bits if weight.shape[2] % 16 == 0 else None
 
 
 def one_query_apart(attend, q, k, v, mask):
