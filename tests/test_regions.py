@@ -76,7 +76,8 @@ def read(folder, records, seed=0):
     (folder / "data.json").write_text(json.dumps([{"image": "x.png", **record} for record in records]))
     encode = partial(training_data.encode_conversation, tokenizer=TOKENIZER, style="vip")
     encoder = Encoder(encode, TOKENIZER.image_id, 900, 64, seed=seed)
-    return conversations(folder / "data.json", folder, encoder, {"seed": seed}, folder / "state", Alone())
+    anew = folder / f"state {len([*folder.glob('state *')])}"  # what was encoded before is not read again
+    return conversations(folder / "data.json", folder, encoder, {}, anew, Alone())
 
 
 def examples(folder, records, seed=0):
