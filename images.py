@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from opening import MOST_PIXELS, decode, is_deep_grey, read_bytes, scaled_grey, tell_of_deep_grey
+from opening import MOST_PIXELS, decode, is_deep_grey, read_bytes, scaled_grey, tell_of_deep_grey, upright_size
 
 
 def open_image(source, scale_grey=False):
@@ -34,6 +34,12 @@ def open_image(source, scale_grey=False):
             return scaled_grey(image)
         tell_of_deep_grey(name, image.mode)
     return image
+
+
+def size_of(source):
+    """The (width, height) that a picture will have when it is open. Raises errors as `open_image` does."""
+    with read_bytes(source) as file:
+        return upright_size(file, source if isinstance(source, str | os.PathLike) else "this file")
 
 
 @dataclass

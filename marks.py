@@ -64,6 +64,7 @@ class Mark:
         rectangle, ellipse: a box, by its top left and its bottom right. triangle: three corners. point, arrow: the place
         it is at or points to. mask, mask contour: the corners of a polygon. scribble: the points a line goes through.
         A box stands for its middle (point, arrow), for the triangle in it or for its outline (mask, mask contour).
+    more: the other polygons of a mask or a mask contour that has several, each written as coordinates is.
     colour: a name in COLOURS, or (red, green, blue), each 0–255.
     alpha: 1 (hardly to be seen) to 255 (hides what is below).
     width: of the line, or the radius of a point; of a mask nothing. None: the kind's own.
@@ -87,6 +88,7 @@ class Mark:
     head: float = 0.35
     filled: bool = True
     bent: float = 0.0
+    more: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self):
         if self.kind not in [*KINDS]:  # a list, in which anything may be looked for, even what cannot be hashed
@@ -97,10 +99,15 @@ class Mark:
         self._check_numbers()
         try:
             object.__setattr__(self, "coordinates", tuple(map(float, self.coordinates)))
+            object.__setattr__(self, "more", tuple(tuple(map(float, polygon)) for polygon in self.more))
         except (TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"coordinates are {self.coordinates!r}; expected numbers ({error})") from None
-        self._check_count()
-        self._check_form()
+            given = f"{self.coordinates!r} and {self.more!r}" if self.more else repr(self.coordinates)
+            raise ValueError(f"coordinates are {given}; expected numbers ({error})") from None
+        if self.more and self.kind not in ("mask", "mask contour"):
+            raise ValueError(f"the {self.kind} has {1 + len(self.more)} polygons; only a mask or a mask contour may have several")
+        for coordinates in (self.coordinates, *self.more):
+            self._check_count(coordinates)
+            self._check_form(coordinates)
 
     def _check_numbers(self):
         for name, low, high in LIMITS:
@@ -113,36 +120,32 @@ class Mark:
             if not isinstance(value, kinds) or not low <= value <= high:
                 raise ValueError(f"{name} is {value!r}; expected {expected} from {low} to {high}")
 
-    def _check_count(self):
+    def _check_count(self, coordinates):
         """As many coordinates as the kind has, none of them left of the picture or above it."""
         fewest, most = KINDS[self.kind].points
-        n = len(self.coordinates)
+        n = len(coordinates)
         if n % 2 or not fewest <= n // 2 <= most:
             counts = f"{2 * fewest} to {2 * most}"
             if most == fewest:
                 counts = f"{2 * fewest}"
             elif most == MANY:
                 counts = f"{2 * fewest} or more"
-            raise ValueError(f"{self.kind} at {self.coordinates} has {n} coordinates; expected {counts}, in pairs of x, y")
-        if not all(math.isfinite(value) and value >= 0 for value in self.coordinates):
-            raise ValueError(f"{self.kind} at {self.coordinates} lies outside the picture: expected numbers from 0 up")
+            raise ValueError(f"{self.kind} at {coordinates} has {n} coordinates; expected {counts}, in pairs of x, y")
+        if not all(math.isfinite(value) and value >= 0 for value in coordinates):
+            raise ValueError(f"{self.kind} at {coordinates} lies outside the picture: expected numbers from 0 up")
 
-    def _check_form(self):
+    def _check_form(self, coordinates):
         """A box and a polygon have an area, a scribble has a length."""
-        corners = self._pairs()
-        if self._is_box and not (corners[0][0] < corners[1][0] and corners[0][1] < corners[1][1]):
-            raise ValueError(f"the box {self.coordinates} is empty; expected left, top, right, bottom, with left < right and top < bottom")
+        corners = _pairs(coordinates)
+        if self._is_box(corners) and not (corners[0][0] < corners[1][0] and corners[0][1] < corners[1][1]):
+            raise ValueError(f"the box {coordinates} is empty; expected left, top, right, bottom, with left < right and top < bottom")
         if len(corners) > 2 and self.kind != "scribble" and _on_one_line(corners):
-            raise ValueError(f"the corners {self.coordinates} of a {self.kind} lie on one line; expected an area")
+            raise ValueError(f"the corners {coordinates} of a {self.kind} lie on one line; expected an area")
         if self.kind == "scribble" and len(set(corners)) == 1:
-            raise ValueError(f"all points of the scribble {self.coordinates} are one; expected a line")
+            raise ValueError(f"all points of the scribble {coordinates} are one; expected a line")
 
-    def _pairs(self):
-        return [*zip(self.coordinates[::2], self.coordinates[1::2])]
-
-    @property
-    def _is_box(self):
-        return len(self.coordinates) == 4 and self.kind != "scribble"
+    def _is_box(self, points):
+        return len(points) == 2 and self.kind != "scribble"
 
     @property
     def name(self):
@@ -156,14 +159,30 @@ class Mark:
 
     def points(self, size):
         """[(x, y), …] in pixels of a picture of this (width, height). Raises ValueError if one lies outside of it."""
-        points, (width, height) = self._pairs(), size
-        if max(self.coordinates) <= 1:
-            points = [(x * width, y * height) for x, y in points]
+        return self.polygons(size)[0]
+
+    def polygons(self, size):
+        """The points of `coordinates` and of each polygon of `more`. Raises ValueError as `points` does."""
+        width, height = size
+        written = (self.coordinates, *self.more)
+        polygons = [_pairs(coordinates) for coordinates in written]
+        if max(value for points in polygons for point in points for value in point) <= 1:
+            polygons = [[(x * width, y * height) for x, y in points] for points in polygons]
+        for coordinates, points in zip(written, polygons):
+            self._check_place(coordinates, points, size)
+        return [[(min(x, width - 1), min(y, height - 1)) for x, y in points] for points in polygons]  # the far edge is the last pixel
+
+    def _check_place(self, coordinates, points, size):
+        """The points in pixels lie in the picture, and a box can be seen."""
+        width, height = size
         if outside := [(x, y) for x, y in points if x > width or y > height]:
             raise ValueError(f"the {self.kind} at {outside[0][0]:g},{outside[0][1]:g} lies outside the picture of {width}×{height} pixels")
-        if self._is_box and min(points[1][0] - points[0][0], points[1][1] - points[0][1]) < 1:
-            raise ValueError(f"the box {self.coordinates} is narrower than a pixel; if not all numbers are 0 to 1, they are pixels")
-        return [(min(x, width - 1), min(y, height - 1)) for x, y in points]  # the far edge is the last pixel
+        if self._is_box(points) and min(points[1][0] - points[0][0], points[1][1] - points[0][1]) < 1:
+            raise ValueError(f"the box {coordinates} is narrower than a pixel; if not all numbers are 0 to 1, they are pixels")
+
+
+def _pairs(numbers):
+    return [*zip(numbers[::2], numbers[1::2])]
 
 
 def _is_rgb(colour):
@@ -195,27 +214,37 @@ def _draw(pen, mark, size):
     rgb = COLOURS[mark.colour] if isinstance(mark.colour, str) else mark.colour
     ink = (*rgb, mark.alpha)
     width = max(1, int((mark.width or KINDS[mark.kind].width) * scale + 1e-6))  # n / scale · scale may be just below n
-    if mark._is_box:
+    is_box = mark._is_box(points)
+    if is_box:
         (left, top), (right, bottom) = points
         middle = ((left + right) / 2, (top + bottom) / 2)
-        outline = [(left, top), (right, top), (right, bottom), (left, bottom)]
 
     if mark.kind in ("rectangle", "ellipse"):
         width = min(width, (int(min(right - left, bottom - top)) + 2) // 2)  # half the box: PIL would spill over its edge
         (pen.rectangle if mark.kind == "rectangle" else pen.ellipse)(points, outline=ink, width=width)
     elif mark.kind == "triangle":
-        _closed_line(pen, [(middle[0], top), (right, bottom), (left, bottom)] if mark._is_box else points, ink, width)
+        _closed_line(pen, [(middle[0], top), (right, bottom), (left, bottom)] if is_box else points, ink, width)
     elif mark.kind == "point":
-        x, y = middle if mark._is_box else points[0]
+        x, y = middle if is_box else points[0]
         pen.ellipse([x - width * mark.aspect, y - width / mark.aspect, x + width * mark.aspect, y + width / mark.aspect], fill=ink)
     elif mark.kind == "scribble":
         pen.line(points, fill=ink, width=width, joint="curve")
     elif mark.kind == "arrow":
-        _arrow(pen, mark, middle if mark._is_box else points[0], size, ink, width)
+        _arrow(pen, mark, middle if is_box else points[0], size, ink, width)
     elif mark.kind == "mask":
-        pen.polygon(outline if mark._is_box else points, fill=ink)
-    else:  # a mask contour: the original draws its polygon again, moved by up to `width` pixels to every side
-        _closed_line(pen, outline if mark._is_box else points, ink, 2 * width + 1)
+        for polygon in mark.polygons(size):
+            pen.polygon(_corners(polygon), fill=ink)
+    else:  # a mask contour: the original draws its polygons again, moved by up to `width` pixels to every side
+        for polygon in mark.polygons(size):
+            _closed_line(pen, _corners(polygon), ink, 2 * width + 1)
+
+
+def _corners(polygon):
+    """All corners of a polygon, which may be a box given by two."""
+    if len(polygon) > 2:
+        return polygon
+    (left, top), (right, bottom) = polygon
+    return [(left, top), (right, top), (right, bottom), (left, bottom)]
 
 
 def _closed_line(pen, corners, ink, width):
@@ -240,51 +269,57 @@ def _arrow(pen, mark, tip, size, ink, width):
         pen.line(barbs, fill=ink, width=width, joint="curve")
 
 
-def random_mark(where, size, random, kind=None, colour=None, kinds=KINDS):
+def random_mark(where, size, random, kind=None, colour=None, kinds=KINDS, more=()):
     """A mark on a thing, as different as the ones in training (in kind, colour, alpha, width, place and form).
 
     where: the outline of the thing, [(x, y), …] in pixels; size: the (width, height) of the picture; random: a
     random.Random, whose state decides everything. kind, colour: to have these and vary the rest. kinds: a table like
-    KINDS, for other ranges of width and alpha.
+    KINDS, for other ranges of width and alpha. more: further outlines of a thing that lies in several parts.
     """
     kind = kind or random.choice([*kinds])
     colour = colour or random.choice([*COLOURS])
-    where = [_inside(point, size) for point in where]
-    points, form = _random_form(kind, where, size, random)
-    if max(map(max, points)) <= 1:  # so close to the corner, pixels would be read as parts of the picture
-        points = [(x / size[0], y / size[1]) for x, y in points]
+    outlines = [[_inside(point, size) for point in outline] for outline in (where, *more)]
+    polygons, form = _random_form(kind, outlines, size, random)
+    if max(value for points in polygons for point in points for value in point) <= 1:
+        # So close to the corner, pixels would be read as parts of the picture.
+        polygons = [[(x / size[0], y / size[1]) for x, y in points] for points in polygons]
     scale = max(size) / SIDE
     low, high = (int(width * scale + 1e-6) for width in kinds[kind].widths)  # whole pixels of this picture
     alpha = random.randint(*kinds[kind].alphas)
     width = None
     if KINDS[kind].width:
         width = max(1, random.randint(low, high)) / scale
-    return Mark(kind, tuple(value for point in points for value in point), colour, alpha=alpha, width=width, **form)
+    first, *others = [tuple(value for point in points for value in point) for points in polygons]
+    return Mark(kind, first, colour, alpha=alpha, width=width, more=others, **form)
 
 
-def _random_form(kind, where, size, random):
-    """The points of a random mark of a kind, and its other parameters {name: value}. where: a polygon, inside the picture."""
-    left, right = min(x for x, _ in where), max(x for x, _ in where)
-    top, bottom = min(y for _, y in where), max(y for _, y in where)
+def _random_form(kind, outlines, size, random):
+    """The points of a random mark of a kind, [[(x, y), …]], and its other parameters {name: value}.
+
+    outlines: of the parts of a thing, inside the picture. A point and a scribble lie on one of them, as in the original.
+    """
+    if kind in ("point", "scribble") and len(outlines) > 1:
+        outlines = [random.choice(outlines)]
+    (left, right), (top, bottom) = _extent(outlines)
     x, y, width, height = (left + right) / 2, (top + bottom) / 2, right - left, bottom - top
     if kind == "rectangle":
-        return [(left, top), (right, bottom)], {}
+        return [[(left, top), (right, bottom)]], {}
     if kind == "ellipse":
         ratio = random.uniform(1, 1.5) / 2
         corners = (x - ratio * width, y - ratio * height), (x + ratio * width, y + ratio * height)
-        return [_inside(corner, size) for corner in corners], {}
+        return [[_inside(corner, size) for corner in corners]], {}
     if kind == "triangle":
         for _ in range(100):
-            points = [_point_in(where, random) for _ in range(3)]
+            points = [_point_in(outlines, random) for _ in range(3)]
             if _widest_angle(points) <= 150:
                 break
-        return points, {}
+        return [points], {}
     if kind == "point":
         near_the_middle = lambda: (random.gauss(x, (width / 8) ** 0.5), random.gauss(y, (height / 8) ** 0.5))
-        points = [_point_in(where, random, near_the_middle)]
-        return points, {"aspect": random.choice((1.0, random.uniform(0.5, 2)))}
+        points = [_inside(_point_in(outlines, random, near_the_middle), size)]
+        return [points], {"aspect": random.choice((1.0, random.uniform(0.5, 2)))}
     if kind == "scribble":
-        return _bezier([_point_in(where, random) for _ in range(4)]), {}
+        return [_bezier([_point_in(outlines, random) for _ in range(4)])], {}
     if kind == "arrow":
         points = [(x + random.uniform(-0.25, 0.25) * width, y + random.uniform(-0.25, 0.25) * height)]
         form = {"angle": random.uniform(0, 360), "head": random.uniform(0.2, 0.5)}
@@ -292,8 +327,14 @@ def _random_form(kind, where, size, random):
         form["length"] = random.uniform(*sorted((shortest, 50)))
         form["bent"] = random.choice((0, random.uniform(-5, 5)))
         form["filled"] = random.random() < 0.5
-        return points, form
-    return where, {}
+        return [points], form
+    return outlines, {}
+
+
+def _extent(outlines):
+    """(left, right), (top, bottom) of all outlines."""
+    xs, ys = zip(*[point for outline in outlines for point in outline])
+    return (min(xs), max(xs)), (min(ys), max(ys))
 
 
 def _inside(point, size):
@@ -301,20 +342,21 @@ def _inside(point, size):
     return min(max(point[0], 0), size[0]), min(max(point[1], 0), size[1])
 
 
-def _point_in(polygon, random, draw=None):
-    """A point drawn until it lies in the polygon, or given up on after fifty: of a very thin one, any near it will do."""
-    xs, ys = zip(*polygon)
+def _point_in(polygons, random, draw=None):
+    """A point drawn until it lies in a polygon, or given up on after fifty: of very thin ones, any near them will do."""
+    across, down = _extent(polygons)
     for _ in range(50):
-        if draw is None:
-            x, y = random.uniform(min(xs), max(xs)), random.uniform(min(ys), max(ys))
-        else:
-            x, y = draw()
-        crossings = 0  # of a ray to the right with the sides: an odd number from inside
-        for (x0, y0), (x1, y1) in zip(polygon, polygon[1:] + polygon[:1]):
-            crossings += (y0 > y) != (y1 > y) and x < x0 + (x1 - x0) * (y - y0) / (y1 - y0)
-        if crossings % 2:
+        x, y = (random.uniform(*across), random.uniform(*down)) if draw is None else draw()
+        if any(_lies_in(polygon, x, y) for polygon in polygons):
             break
     return x, y
+
+
+def _lies_in(polygon, x, y):
+    crossings = 0  # of a ray to the right with the sides: an odd number from inside
+    for (x0, y0), (x1, y1) in zip(polygon, polygon[1:] + polygon[:1]):
+        crossings += (y0 > y) != (y1 > y) and x < x0 + (x1 - x0) * (y - y0) / (y1 - y0)
+    return crossings % 2 == 1
 
 
 def _widest_angle(corners):
@@ -337,12 +379,13 @@ def parse_mark(text):
     """A Mark from one line: [colour] kind coordinates [option=value …].
 
     "red rectangle 40,30,120,110", "#20c0ff mask contour 10,10 60,12 40,50", "blue arrow 0.5,0.4 angle=90 filled=0". The
-    colour is a name or #rrggbb. Raises ValueError, saying what was expected.
+    colour is a name or #rrggbb. A mask may have several polygons: "red mask 10,10 60,12 40,50; 70,10 90,10 80,40".
+    Raises ValueError, saying what was expected.
     """
-    words = text.replace(",", " ").split()
+    words = text.replace(",", " ").replace(";", " ; ").split()
     options = dict(word.split("=", 1) for word in words if "=" in word)
     plain = [word for word in words if "=" not in word]
-    numbers = [word for word in plain if word[0] in "0123456789.+-"]
+    numbers = [word for word in plain if word[0] in "0123456789.+-;"]
     names = plain[: len(plain) - len(numbers)]
     expected = 'expected a colour, a kind and coordinates, like "red rectangle 40,30,120,110"'
     if plain != names + numbers:
@@ -363,10 +406,10 @@ def parse_mark(text):
         values = {}
         for name, value in options.items():
             values[name] = int(value) if name in ("alpha", "filled") else float(value)
-        coordinates = tuple(map(float, numbers))
+        first, *more = [tuple(map(float, polygon.split())) for polygon in " ".join(numbers).split(";")]
     except ValueError as error:
         raise ValueError(f"mark {text!r}: {error}; {expected}") from None
-    return Mark(" ".join(names), coordinates, colour, **values)
+    return Mark(" ".join(names), first, colour, more=more, **values)
 
 
 def refer(question, marks):

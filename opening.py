@@ -12,14 +12,16 @@ import time
 import urllib.error
 import urllib.request
 import warnings
+from contextlib import contextmanager
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 MOST_PIXELS = 2.5  # times Image.MAX_IMAGE_PIXELS, so 224 million: phones take 200 million. Pillow itself refuses more than 2 times as many
 MOST_BYTES, PATIENCE = 100_000_000, 20  # of a picture from an address: its largest size, and the seconds it may take
 HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")  # "brands" in the head of such a file
 GREYS = (255, 1023, 4095, 16383, 65535, 2**24 - 1, 2**32 - 1)  # white in 8, 10, 12, 14, 16, 24 and 32 bits
+LYING = (5, 6, 7, 8)  # orientations by EXIF in which width and height are exchanged
 _pillows_limit = threading.Lock()
 _told = set()  # kinds of pictures of which it has been said how the model sees them
 
@@ -93,12 +95,27 @@ def received(answer, address, end):
 
 def decode(file, name):
     """The upright picture in an open file. Raises ValueError, which names the picture."""
+    with called(name), identify(file, name) as image:
+        image.load()
+        return ImageOps.exif_transpose(image)
+
+
+def upright_size(file, name):
+    """The (width, height) of the upright picture in an open file, mostly from its head alone. Raises ValueError as `decode` does."""
+    with called(name), identify(file, name) as image:
+        if image.getexif().get(ExifTags.Base.Orientation) in LYING:
+            image.load()  # some formats turn upright by themselves when they load
+            return ImageOps.exif_transpose(image).size
+        return image.size
+
+
+@contextmanager
+def called(name):
+    """Pillow's errors within become ValueErrors that name the picture."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about damaged metadata, and about large pictures, which are allowed here
-            with identify(file, name) as image:
-                image.load()
-                return ImageOps.exif_transpose(image)
+            yield
     except UnidentifiedImageError:
         raise ValueError(f"{name} is not a picture in a format that Pillow reads") from None
     except Refused:

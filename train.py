@@ -7,8 +7,8 @@
 
 The vision tower stays frozen. Only what the assistant says is learnt, with the end mark after it. The data is a JSON list
 of {"image": file, "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": …}, …]};
-a record without "image" is text alone. The result is a checkpoint folder like the one started from, or an adapter (training/lora.py).
-The loss of every step goes to OUT.losses.jsonl, beside the result.
+a record without "image" is text alone, and one with "bboxes" may refer to regions (training/regions.py). The result is a checkpoint
+folder like the one started from, or an adapter (training/lora.py). The loss of every step goes to OUT.losses.jsonl, beside the result.
 
 A run that was stopped by Ctrl-C, or killed, goes on where its last state was saved when the same command is given again. One that
 has finished is not begun anew. On several GPUs, each process with its share of every batch and of what is trained:

@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageFile
 
 import opening
-from images import ImageProcessor, open_image
+from images import ImageProcessor, open_image, size_of
 from tests.make_images import FILE, MEAN, MODES, SIZES, STD, cases, picture, summary
 
 GOLDEN = json.loads(FILE.read_text())
@@ -180,6 +180,9 @@ def test_exif_orientation(tmp_path, orientation):
     stored = upright.transpose(STORED_AS[orientation]) if orientation > 1 else upright
     stored.save(tmp_path / "picture.png", exif=exif)
     assert np.array_equal(np.asarray(open_image(tmp_path / "picture.png")), np.asarray(upright))
+    for name in ("picture.png", "picture.jpg", "picture.tiff"):
+        stored.save(tmp_path / name, exif=exif)
+        assert size_of(tmp_path / name) == open_image(tmp_path / name).size == (5, 3)
 
 
 def test_an_animation_gives_its_first_frame(tmp_path):
@@ -443,8 +446,9 @@ def test_file_addresses_and_open_files(tmp_path):
     assert open_image(io.BytesIO(file.read_bytes())) == expected
     with pytest.raises(FileNotFoundError, match="file:///none.png: no such picture"):
         open_image("file:///none.png")
-    with pytest.raises(ValueError, match="this file is not a picture"):
-        open_image(io.BytesIO(b"text"))
+    for read in (open_image, size_of):
+        with pytest.raises(ValueError, match="this file is not a picture"):
+            read(io.BytesIO(b"text"))
 
 
 def test_a_decompression_bomb(tmp_path, monkeypatch):
@@ -467,7 +471,7 @@ def test_pillow_neither_warns_nor_leaves_files_open(tmp_path, monkeypatch):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for name, size in (("exif.jpg", (3, 5)), ("large.png", (20, 15)), ("two.gif", (6, 4))):
-            assert open_image(tmp_path / name).size == size
+            assert open_image(tmp_path / name).size == size_of(tmp_path / name) == size
         for name in broken:
             with pytest.raises(ValueError):
                 open_image(tmp_path / name)

@@ -171,6 +171,18 @@ def test_an_arrow_that_is_all_head_has_no_shaft_on_the_other_side():
     assert extent(drawn(Mark("arrow", (168, 168), angle=0, length=3, width=1), (336, 336)))[0] >= 167
 
 
+def test_a_mask_of_several_polygons_is_all_of_them():
+    whole = drawn(parse_mark("red mask 5,5 30,5 30,30; 25,5 50,5 25,40"), (60, 50))
+    parts = [drawn(parse_mark(f"red mask {corners}"), (60, 50)) for corners in ("5,5 30,5 30,30", "25,5 50,5 25,40")]
+    assert np.array_equal(whole, parts[0] | parts[1]) and (parts[0] & parts[1]).any()
+    picture = draw_marks(Image.new("RGB", (60, 50), GROUND), [parse_mark("mask 5,5 30,5 30,30; 25,5 50,5 25,40")])
+    assert len(picture.getcolors()) == 2  # where they overlap it is no denser
+    contour = drawn(parse_mark("red mask contour 5,5,20,20; 30,30,50,45"), (60, 50))
+    assert contour[5, 5:21].all() and contour[30, 30:51].all() and not contour[12, 12] and not contour[38, 40] and not contour[25, 25]
+    fractions = drawn(parse_mark("mask 0.1,0.1,0.3,0.3; 0.5,0.5,0.9,0.9"), (60, 50))
+    assert np.array_equal(fractions, drawn(parse_mark("mask 6,5,18,15; 30,25,54,45"), (60, 50)))
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I", "F", "I;16"])
 def test_any_mode_and_the_picture_itself_stays(mode):
     image = Image.new(mode, (40, 30))
@@ -226,6 +238,7 @@ def test_colours():
         ("#0a0B0c point .5,0.25", Mark("point", (0.5, 0.25), (10, 11, 12))),
         ("gold arrow 5,6 angle=-90 width=4 alpha=200", Mark("arrow", (5, 6), "gold", 200, 4, angle=-90)),
         ("alpha=99 lime scribble 1,2 3,4", Mark("scribble", (1, 2, 3, 4), "lime", 99)),
+        ("mask 1,2 3,4 5,9;10,10,20,20 ; 30,1 31,2 40,9", Mark("mask", (1, 2, 3, 4, 5, 9), more=((10, 10, 20, 20), (30, 1, 31, 2, 40, 9)))),
     ],
 )
 def test_parse(text, mark):
@@ -288,6 +301,11 @@ def test_a_question_refers_to_its_marks():
         ("red point 1,2 alpha=0.5", "invalid literal"),
         ("red point 1,2 aspect=-1", "aspect is -1.0"),
         ("red arrow 1,2 head=2", "head is 2.0; expected a number from 0.01 to 1"),
+        ("red rectangle 1,2,3,4; 5,6,7,8", "the rectangle has 2 polygons; only a mask or a mask contour may have several"),
+        ("red mask 1,2,30,4; 5", r"mask at \(5.0,\) has 1 coordinates; expected 4 or more"),
+        ("red mask 1,2,30,40;", r"mask at \(\) has 0 coordinates"),
+        ("red mask 1,2,30,40; 5,5,9,-9", "outside the picture"),
+        ("red mask contour 1,2,30,40; 5,5 6,6 7,7", r"the corners \(5.0, .* of a mask contour lie on one line"),
     ],
 )
 def test_what_is_no_mark(text, message):
@@ -307,6 +325,7 @@ def test_what_is_no_colour(colour):
         dict(kind=["point"]), dict(kind=None), dict(coordinates=None), dict(coordinates=("a", 1)), dict(coordinates=(None, 1)),
         dict(coordinates=(10**400, 1)), dict(coordinates=(math.nan, 1)), dict(coordinates=5), dict(alpha=128.0), dict(alpha="128"),
         dict(alpha=None), dict(width="3"), dict(angle="x"), dict(length=None), dict(bent=None), dict(head=None), dict(aspect=None),
+        *(dict(kind="mask", coordinates=(1, 2, 3, 4), more=more) for more in (5, (5,), None, [("a", 1, 2, 3)])),
     ],
 )  # fmt: skip
 def test_whatever_is_no_mark_is_a_value_error(values):
@@ -317,6 +336,7 @@ def test_whatever_is_no_mark_is_a_value_error(values):
 def test_coordinates_of_any_numbers():
     assert Mark("point", [1, 2]) == Mark("point", np.array([1, 2], np.uint8)) == Mark("point", (1.0, 2.0))
     assert len({Mark("point", [1, 2]), Mark("point", (1, 2))}) == 1
+    assert Mark("mask", [1, 2, 3, 4], more=[[5, 6, 7, 8]]) == Mark("mask", (1, 2, 3, 4), more=((5, 6, 7, 8),))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -324,6 +344,11 @@ def test_coordinates_of_any_numbers():
 def test_a_mark_outside_the_picture(kind, x, y):
     with pytest.raises(ValueError, match=f"the {kind} at {x},{y} lies outside the picture of 60×40 pixels"):
         draw_marks(Image.new("RGB", (60, 40)), [Mark(kind, (30, 2, x, y))])
+
+
+def test_a_polygon_outside_the_picture():
+    with pytest.raises(ValueError, match="the mask at 70,5 lies outside the picture of 60×40 pixels"):
+        draw_marks(Image.new("RGB", (60, 40)), [parse_mark("mask 1,1,9,9; 50,5 70,5 50,9")])
 
 
 @pytest.mark.parametrize("box", [(0.1, 0.2, 0.9, 1.2), (10, 20.2, 30, 20.7), (0.5, 0.5, 0.501, 0.9)])
@@ -383,6 +408,12 @@ def test_a_thing_in_the_very_corner():
             assert max(max(point) for point in mark.points((112, 112))) <= 3
 
 
+def test_a_thing_too_thin_for_a_point_in_it_at_the_edge():
+    for seed in range(50):  # the points drawn around it miss it, and half of them the picture too
+        mark = random_mark([(0, 10), (0.001, 10), (0.001, 90), (0, 90)], (112, 112), Random(seed), "point")
+        assert draw_marks(Image.new("RGB", (112, 112)), [mark]).getcolors()[0][0] < 112 * 112
+
+
 def test_a_random_mark_of_some_colour():
     thing = [(20, 20), (60, 25), (50, 70)]
     assert random_mark(thing, (112, 112), Random(1), "point", "gold").words == "at the gold point"
@@ -399,6 +430,18 @@ def test_random_marks_lie_on_the_thing(kind):
         slack = {"ellipse": 0.25, "point": 0.5}.get(kind, 0)
         wide, high = slack * (max(xs) - min(xs)) + 1, slack * (max(ys) - min(ys)) + 1
         assert all(min(xs) - wide <= x <= max(xs) + wide and min(ys) - high <= y <= max(ys) + high for x, y in points)
+
+
+def test_random_marks_on_a_thing_in_two_parts():
+    """As in the original: a mask is both parts, a point or a scribble lies on one of them, a triangle may reach from one to the other."""
+    left, right = [(20, 20), (60, 25), (50, 70)], [(200, 100), (260, 110), (220, 180)]
+    on = lambda kind: [random_mark(left, (336, 336), Random(seed), kind, more=[right]) for seed in range(100)]
+    for kind in ("mask", "mask contour"):
+        assert all(mark.polygons((336, 336)) == [left, right] for mark in on(kind))
+    assert {mark.coordinates for mark in on("rectangle")} == {(20, 20, 260, 180)}
+    sides = lambda kind: {frozenset(x < 130 for x in mark.coordinates[::2]) for mark in on(kind)}
+    assert sides("point") == sides("scribble") == {frozenset({True}), frozenset({False})}
+    assert frozenset({True, False}) in sides("triangle")
 
 
 def test_a_thing_thin_as_a_line_can_be_marked():

@@ -710,14 +710,6 @@ def test_many_conversations_are_encoded_by_several_processes_as_by_one(tmp_path,
     assert capsys.readouterr().err == first and "record 8: " in first and "record 22 (x): " in first
 
 
-def test_a_record_with_regions_is_left_out(tmp_path, capsys):
-    """ViP-LLaVA's own, whose marks would have to be drawn."""
-    plain, regions = ({**record(f"What is {words}?", "A cat."), "image": None} for words in ("this", "<bbox0>"))
-    (tmp_path / "data.json").write_text(json.dumps([plain, regions]))
-    assert len(encoded(tmp_path / "data.json", tmp_path, tmp_path / "state")) == 1
-    assert "1  it refers to regions of its picture" in capsys.readouterr().err
-
-
 def test_the_plain_format_is_picture_caption_and_newline():
     """As LLaVA's first stage: no question, no end mark; caption and newline are learnt."""
     tokenizer, said = Tokenizer.from_pretrained(TINY), record("<image>\nDescribe the picture.", "A large red star.")

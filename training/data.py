@@ -15,6 +15,7 @@ from collections import deque
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
+from random import Random
 from typing import NamedTuple
 
 import numpy as np
@@ -25,13 +26,14 @@ from tqdm import tqdm
 from hardware.processes import ignore_interrupts
 from images import ImageProcessor, open_image
 from inputs import IGNORED
+from marks import draw_marks
 from tokenizer import Tokenizer, chat_prompt, expand_images
 from training.records import (
     MISSING,
+    NO_BOX,
     NO_CONVERSATION,
     NO_TURNS,
     REFUSED,
-    REGIONS,
     LeftOut,
     Unusable,
     has_pictures,
@@ -39,8 +41,9 @@ from training.records import (
     pictures_of,
     read_records,
 )
+from training.regions import has_regions, mark_from, mark_regions
 
-REGION = re.compile(r"<(bbox|mask|segmentation|region|obj)\d+>")
+REGION = re.compile(r"<(bbox\d*|(mask|segmentation|region|obj)\d+)>")
 BLOCK = 500  # records that a process encodes at a time
 MOST_PROCESSES = 8
 LOOKED_AT = 20  # pictures that are opened before a run begins, to see whether they can be
@@ -99,33 +102,37 @@ def encode_caption(record, tokenizer):
 
 
 def refuse_regions(record):
-    """ViP-LLaVA's own data puts <bbox0> in the place of words for a mark that is drawn while loading. Without the mark the text means
-    nothing, and would be learnt as it stands."""
+    """What stands for a region and has not become words means nothing, and would be learnt as it stands."""
     for turn in record["conversations"]:
         if found := REGION.search(turn["value"]):
-            raise Unusable(REGIONS, f"it has {found[0]}; draw its marks first (marks.py), and name them in words")
+            raise Unusable(NO_BOX, f'it has {found[0]}; only <bbox0>, <bbox1> … with boxes in "bboxes" are read')
 
 
 class Encoder:
-    """From a record to (ids, labels, names of its pictures, length with the pictures' features), or Unusable.
+    """From a record to (ids, labels, names of its pictures, marks, length with the pictures' features), or Unusable.
 
     encode: a function of a record that gives its ids and labels. max_length: in tokens, the features of a picture counted; what is
-    longer is cut at its end. with_picture: leave out records that have none.
+    longer is cut at its end. with_picture: leave out records that have none. seed: of the marks on regions, with the record's number.
     """
 
-    def __init__(self, encode, image_id, max_length, features_per_image, with_picture=False):
+    def __init__(self, encode, image_id, max_length, features_per_image, with_picture=False, seed=0):
         self.encode, self.image_id, self.max_length, self.with_picture = encode, image_id, max_length, with_picture
+        self.seed = seed
         self.more = features_per_image - 1  # the tokens that an `<image>` becomes, beyond itself
 
-    def __call__(self, record, images):
-        """(ids, labels, names of its pictures, length). Raises Unusable, also for pictures that are not in the folder `images`."""
+    def __call__(self, number, record, images):
+        """(ids, labels, names of its pictures, marks, length) of the record with a number. Raises Unusable, also for pictures that are
+        not in the folder `images`."""
         if not isinstance(record, dict):
             raise Unusable(NO_CONVERSATION, f"it is a {type(record).__name__}")
         names = pictures_of(record)
         for name in names:
             if not (images / name).is_file():
                 raise Unusable(MISSING, f"{images / name}")
+        marks = []
         try:
+            if has_regions(record):
+                record, marks = mark_regions(record, images, Random(f"{self.seed} {number}"))
             ids, labels = self.encode(record)
             refuse_regions(record)
         except Unusable:
@@ -144,15 +151,15 @@ class Encoder:
         if set(labels) <= {IGNORED} or ids.count(self.image_id) < count:
             pictures = count * (self.more + 1)
             raise Unusable(f"it has no answer within {self.max_length} tokens (--max-length)", f"its pictures take {pictures} of them")
-        return ids, labels, names, len(ids) + count * self.more
+        return ids, labels, names, marks, len(ids) + count * self.more
 
 
 def encode_all(encoder, images, records):
-    """Of each record (id, whether it names pictures, what the encoder gives or the Unusable that it raises)."""
+    """Of each (number, record): (id, whether it names pictures, what the encoder gives or the Unusable that it raises)."""
     results = []
-    for record in records:
+    for number, record in records:
         try:
-            result = encoder(record, images)
+            result = encoder(number, record, images)
         except Unusable as reason:
             result = reason
         results.append((name_of(record), has_pictures(record), result))
@@ -186,13 +193,13 @@ def encode_file(path, images, encoder, folder):
     """Encode the records of a data file into arrays in a folder, which is put in place when it is whole, and say what is left out.
 
     tokens.bin    (tokens, 2) int32: id and label
-    sources.bin   of each record the names of its pictures, a JSON list
+    sources.bin   of each record a JSON list: the names of its pictures, and the marks to be drawn on the first
     records.npy   (records, 4) int64: where the record ends in tokens.bin and in sources.bin, its length, the number of its pictures
     """
     left_out, rows, tokens_end, sources_end = LeftOut(path, images), [], 0, 0
     partial_folder = folder.with_name(f"{folder.name}.partial")
     partial_folder.mkdir(parents=True, exist_ok=True)
-    blocks = in_order(partial(encode_all, encoder, images), blocks_of(read_records(path), BLOCK))
+    blocks = in_order(partial(encode_all, encoder, images), blocks_of(enumerate(read_records(path), 1), BLOCK))
     results = tqdm(chain.from_iterable(blocks), desc=f"reading {path.name}", unit=" conversations", delay=1, disable=None)
     with open(partial_folder / "tokens.bin", "wb") as tokens, open(partial_folder / "sources.bin", "wb") as sources:
         for name, with_pictures, result in results:
@@ -200,9 +207,9 @@ def encode_file(path, images, encoder, folder):
             if isinstance(result, Unusable):
                 left_out.add(name, result)
                 continue
-            ids, labels, names, length = result
+            ids, labels, names, marks, length = result
             tokens.write(np.array([ids, labels], np.int32).T.tobytes())
-            source = json.dumps(names).encode()
+            source = json.dumps(names + [vars(mark) for mark in marks]).encode()
             sources.write(source)
             tokens_end, sources_end = tokens_end + len(ids), sources_end + len(source)
             rows.append(np.array([tokens_end, sources_end, length, len(names)]))
@@ -255,8 +262,11 @@ class Conversations(Dataset):
     def example(self, i):
         (start, source_start), (end, source_end) = self.starts[i : i + 2].tolist()
         ids, labels = self.tokens[start:end].T.tolist()
-        names = json.loads(self.sources[source_start:source_end].tobytes())
-        return ids, labels, [open_image(self.images / name) for name in names]
+        source, count = json.loads(self.sources[source_start:source_end].tobytes()), self.pictures[i]
+        pictures = [open_image(self.images / name) for name in source[:count]]
+        if marks := source[count:]:
+            pictures[0] = draw_marks(pictures[0], [mark_from(values) for values in marks])
+        return ids, labels, pictures
 
     def look_at_some(self):
         """Open some pictures before anything is learnt. Raises ValueError if most of them cannot be: that is no accident."""
@@ -302,7 +312,7 @@ def read_data(args, source, config, run, folder, group):
     else:
         encode = partial(encode_conversation, tokenizer=tokenizer, style=args.style or config.style, system=args.system)
     length = min(args.max_length, config.text.max_position_embeddings)
-    encoder = Encoder(encode, tokenizer.image_id, length, P, with_picture=args.stage == 1)
+    encoder = Encoder(encode, tokenizer.image_id, length, P, with_picture=args.stage == 1, seed=args.seed)
     data, *held_out = (conversations(path, args.images, encoder, run, folder, group) for path in (args.data, *args.held_out))
     together = partial(
         collate, processor=processor, image_id=tokenizer.image_id, pad_id=tokenizer.pad_id, features_per_image=P, pad=args.pad

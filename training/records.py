@@ -106,9 +106,12 @@ class Unusable(ValueError):
 NO_CONVERSATION = 'no conversation: expected "conversations", a list of {"from": …, "value": …}'
 NO_TURNS = "the speakers are not human and gpt in turn"
 REFUSED = "its text holds what the chat format or the tokenizer refuses"
-REGIONS = "it refers to regions of its picture, such as <bbox0>, which are not drawn here"
+NO_BOX = "it refers to a region of its picture that has no box"
+OUTSIDE = "a box of it is empty or reaches out of its picture"
+BAD_REGIONS = "its regions are not written as in ViP-LLaVA's data"
 NO_NAMES = "its pictures are not the names of files"
 MISSING = "its picture is missing"
+BROKEN = "its picture, on which marks are to be drawn, cannot be opened"
 
 
 def pictures_of(record):
