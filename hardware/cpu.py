@@ -5,15 +5,16 @@ rows, and takes as long as its arithmetic. What is slow in the plain form, and w
 
 | when                              | slow without it                                   | here                                      |
 |-----------------------------------|---------------------------------------------------|-------------------------------------------|
-| one row, with numba               | float32 weights are twice the bytes               | row_times_16_bits, row_times_8_bits       |
-| one row, bfloat16, without numba  | oneDNN, PyTorch's library, is made for many rows  | row_by_pytorch                            |
-| one query, with numba             | PyTorch's fused attention, on some CPUs           | attention_of_one                          |
-| one query, bfloat16, without it   | the same                                          | attention_in_two_products                 |
+| one row, with numba               | float32 weights are twice the bytes               | row_times_16_bits, …_8_bits, …_4_bits     |
+| one query, with numba             | PyTorch's fused attention, on AMD's CPUs          | attention_of_one                          |
+| without numba, bfloat16, AMD:     |                                                   |                                           |
+| · one row                         | oneDNN, PyTorch's library, is made for many rows  | row_by_pytorch                            |
+| · one query                       | PyTorch's fused attention                         | attention_in_two_products                 |
 | many rows, a CPU with bfloat16    | a number of rows that is no multiple of 8         | padded_linear                             |
 | many rows, a CPU without          | all weights in float32 are twice the memory       | rows_times_16_bits: a few at a time       |
 
 numba is optional, and its kernels (`kernels.py`) are for large models alone: the weights of a small one are in the CPU's cache. What
-each of these wins on which CPU stands in docs/speed.md; hardly one wins everywhere. Products with quantised weights are in packed.py.
+each of these wins on which CPU stands in docs/speed.md. Products with quantised weights are in packed.py.
 """
 
 from contextlib import contextmanager
@@ -132,17 +133,16 @@ def row_times_4_bits(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor
 @opaque(lambda q, k, v, mask: torch.empty_like(q))
 def attention_of_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """By the kernel: it reads keys and values once, in the type that they have."""
-    B, H, _, E = q.shape
+    (B, H, _, E), K = q.shape, k.shape[1]
     if k.stride() != v.stride() or k.stride()[2:] != (E, 1):  # not of a cache
         k, v = k.contiguous(), v.contiguous()
-    row, head = torch.arange(B)[:, None], torch.arange(H) // (H // k.shape[1])
-    starts = (row * k.stride(0) + head * k.stride(1)) // E  # (B, H): where the slots of each head begin, among those of all heads
-    slots = int(starts[-1, -1]) + k.shape[2]
+    row_step, head_step = (step // E for step in k.stride()[:2])
+    slots = (B - 1) * row_step + (K - 1) * head_step + k.shape[2]  # from the first head's first to the last one's last
     keys, values = (tensor.as_strided((slots, E), (E, 1)) for tensor in (k, v))
-    masks = mask.float().view(B, 1, -1).expand(B, H, -1).reshape(B * H, -1)
-    out = torch.empty(B * H, E)
-    queries = array(q.float().reshape(B * H, E))
-    kernels().one_query(queries, array(keys), array(values), array(starts.flatten()), array(masks), array(out))
+    out = torch.empty(B, H, E)
+    masks = mask.float().view(B, -1)
+    queries = array(q.float().view(B, H, E).contiguous())
+    kernels().one_query(queries, array(keys), array(values), row_step, head_step, H // K, array(masks), array(out))
     return out.view(q.shape).to(q.dtype)
 
 
@@ -163,7 +163,7 @@ class SixteenBitLinear(nn.Linear):
     """A linear layer of a CPU whose weight stays in 16 bits, whatever type it computes in."""
 
     def __init__(self, linear, one_row):
-        """one_row: the product for a single row, `row_times_16_bits` or `row_by_pytorch`."""
+        """one_row: the product for a single row: `row_times_16_bits`, `row_by_pytorch` or F.linear."""
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias, self.one_row = linear.weight, linear.bias, one_row

@@ -41,9 +41,19 @@ def choose_dtype(device, parameters):
 @cache
 def multiplies_bfloat16():
     """Whether this CPU has instructions for products of bfloat16, and PyTorch uses them."""
-    info = Path("/proc/cpuinfo")  # absent where the system is not Linux: such a CPU gets float32
-    flags = info.read_text().split() if info.exists() else ()
-    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags)) and torch.backends.cpu.get_cpu_capability() != "AVX2"
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & cpu_words()) and torch.backends.cpu.get_cpu_capability() != "AVX2"
+
+
+def is_amd():
+    """Whether this is an AMD CPU: on those PyTorch's libraries are slow with one row or one query in bfloat16."""
+    return "AuthenticAMD" in cpu_words()
+
+
+@cache
+def cpu_words():
+    """The words by which Linux describes the CPU; none on another system: such a CPU gets float32."""
+    info = Path("/proc/cpuinfo")
+    return set(info.read_text().split()) if info.exists() else set()
 
 
 def free_memory(device):

@@ -166,26 +166,62 @@ def four_bits_times_vector(packed, grids, x, y):
                     row[n] += (float32(product[n]) * step - eight) * lower_half(grid[n]) + total * upper_half(grid[n])
 
 
-@kernel
-def one_query(q, keys, values, starts, mask, out):
-    """out[i] = Σ_s p[s] · values[s], p = softmax(keys q[i] / √E + mask): attention of one query for each head.
+@intrinsic
+def power_of_two(context, n):
+    """2ⁿ of a whole float32, made from its bits."""
 
-    q, out: (heads, E) float32; keys, values: (slots of all heads, E), of which head i has those from starts[i] on; mask: (heads, S).
+    def code(context, builder, signature, arguments):
+        whole = builder.fptosi(arguments[0], INT32)
+        return builder.bitcast(builder.shl(builder.add(whole, ir.Constant(INT32, 127)), ir.Constant(INT32, 23)), ir.FloatType())
+
+    return types.float32(n), code
+
+
+@njit(fastmath={"reassoc", "contract", "nsz"})
+def exponential(x):
+    """eˣ of a float32 up to 0, to 2e-7: the compiler cannot do `np.exp` for 16 numbers at once. eˣ = 2ⁿ · eʳ with |r| ≤ ln 2 / 2."""
+    n = np.floor(x * float32(1.44269504) + float32(0.5))
+    r = x - n * float32(0.693359375) + n * float32(2.12194440e-4)  # ln 2 in two parts: the first has few digits, so n times it is exact
+    series = float32(1 / 720)
+    for k in (1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0):
+        series = series * r + float32(k)
+    return float32(0) if x < float32(-87) else series * power_of_two(n)
+
+
+@kernel
+def one_query(q, keys, values, row_step, head_step, shared, mask, out):
+    """out[b, h] = Σ_s p[s] · values[s], p = softmax(keys q[b, h] / √E + mask[b]): attention of one query for each head of each row.
+
+    q, out: (B, H, E) float32; keys, values: (slots of all rows and heads, E); mask: (B, S), added to the scores. The slots of row
+    b and key/value head h begin at b · row_step + h · head_step. `shared` query heads share a key/value head.
     """
-    scale = float32(1 / np.sqrt(q.shape[1]))
-    for i in prange(len(q)):
-        scores, result = np.empty(mask.shape[1], float32), np.zeros(q.shape[1], float32)
+    B, H, E = q.shape
+    slots, scale = mask.shape[1], float32(1 / np.sqrt(E))
+    half = (slots + 1) // 2
+    for i in prange(B * H):
+        b, h = i // H, i % H
+        query, result, hidden = q[b, h], out[b, h], mask[b]
+        start = b * row_step + h // shared * head_step
+        head_keys, head_values = keys[start : start + slots], values[start : start + slots]
+        scores = np.empty(slots, float32)
+        for s in range(half):  # two slots at a time, as two rows above
+            s2 = min(s + half, slots - 1)
+            key, key2, dot, dot2 = head_keys[s], head_keys[s2], float32(0), float32(0)
+            for e in range(E):
+                dot += number(key[e]) * query[e]
+                dot2 += number(key2[e]) * query[e]
+            scores[s], scores[s2] = dot * scale + hidden[s], dot2 * scale + hidden[s2]
         largest, total = float32(-np.inf), float32(0)
-        for s in range(len(scores)):
-            key, dot = keys[starts[i] + s], float32(0)
-            for e in range(q.shape[1]):
-                dot += number(key[e]) * q[i, e]
-            scores[s] = dot * scale + mask[i, s]
+        for s in range(slots):
             largest = max(largest, scores[s])
-        for s in range(len(scores)):
-            value, weight = values[starts[i] + s], np.exp(scores[s] - largest)
-            total += weight
-            for e in range(q.shape[1]):
-                result[e] += weight * number(value[e])
-        for e in range(q.shape[1]):
-            out[i, e] = result[e] / total
+        for s in range(slots):
+            scores[s] = exponential(scores[s] - largest)
+            total += scores[s]
+        result[:] = 0
+        for s in range(half):
+            s2, weight, weight2 = min(s + half, slots - 1), scores[s] / total, float32(0)
+            if s + half < slots:
+                weight2 = scores[s2] / total
+            value, value2 = head_values[s], head_values[s2]
+            for e in range(E):
+                result[e] += weight * number(value[e]) + weight2 * number(value2[e])

@@ -20,7 +20,7 @@ from hardware.cpu import (
     row_times_8_bits,
     row_times_16_bits,
 )
-from hardware.device import choose_dtype, multiplies_bfloat16
+from hardware.device import choose_dtype, cpu_words, is_amd, multiplies_bfloat16
 from llama import KVCache, attention
 from llava import Llava
 from tests.compare import FAMILIES, FIXTURES, load
@@ -48,6 +48,7 @@ def numba(monkeypatch):
 def no_numba(monkeypatch):
     monkeypatch.setattr(loading, "SMALL", 0)
     monkeypatch.setattr(cpu, "has_kernels", lambda: False)
+    monkeypatch.setattr(loading, "is_amd", lambda: True)
 
 
 @pytest.fixture(params=[1, 2])
@@ -332,11 +333,28 @@ def test_the_type_follows_what_the_cpu_multiplies(capability, flags, expected, m
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr("pathlib.Path.exists", lambda path: True)
     monkeypatch.setattr("pathlib.Path.read_text", lambda path: f"flags : {flags}\n")
-    multiplies_bfloat16.cache_clear()
+    for function in (cpu_words, multiplies_bfloat16):
+        function.cache_clear()
     try:
         assert choose_dtype("cpu", 7e9) == expected and choose_dtype("cpu", 1e6) == torch.float32
     finally:
-        multiplies_bfloat16.cache_clear()
+        for function in (cpu_words, multiplies_bfloat16):
+            function.cache_clear()
+
+
+@pytest.mark.parametrize("vendor", ["AuthenticAMD", "GenuineIntel"])
+def test_without_numba_only_amd_gets_other_forms(vendor, no_numba, monkeypatch):
+    monkeypatch.setattr("pathlib.Path.read_text", lambda path: f"vendor_id : {vendor}\n")
+    cpu_words.cache_clear()
+    amd = is_amd()
+    monkeypatch.undo()
+    cpu_words.cache_clear()
+    assert amd == (vendor == "AuthenticAMD")
+    monkeypatch.setattr(cpu, "has_kernels", lambda: False)
+    monkeypatch.setattr(loading, "is_amd", lambda: amd)
+    block = Llava.from_pretrained("tiny/llava", dtype=torch.bfloat16).language_model.layers[0]
+    assert block.self_attn.q_proj.one_row is (cpu.row_by_pytorch if amd else F.linear)
+    assert (block.self_attn.attend is attention) != amd
 
 
 def test_on_a_cpu_with_avx2_alone():

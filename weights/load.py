@@ -9,9 +9,10 @@ from functools import partial
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from hardware import cpu, gpu
-from hardware.device import SMALL
+from hardware.device import SMALL, is_amd
 from llama import RMSNorm, attention
 from weights.checkpoint import checkpoint_folder, fill, read_headers
 from weights.config import VIP_LAYERS, LlavaConfig
@@ -128,15 +129,19 @@ def suit(model):
 
 def suit_cpu(model, kernels):
     """Layers and attention for a CPU. kernels: with numba's; otherwise with what PyTorch has for bfloat16."""
-    one_row = cpu.row_times_16_bits if kernels else cpu.row_by_pytorch
+    if kernels:
+        one_row, attend = cpu.row_times_16_bits, cpu.attention_of_one
+    elif is_amd():
+        one_row, attend = cpu.row_by_pytorch, cpu.attention_in_two_products
+    else:
+        one_row, attend = F.linear, None
     kinds = (torch.bfloat16, torch.float16) if kernels else (torch.bfloat16,)
     for name, layer in list(model.named_modules()):
         if type(layer) is nn.Linear and layer.weight.dtype in kinds:
             model.set_submodule(name, cpu.SixteenBitLinear(layer, one_row))
         if kernels and isinstance(layer, QuantizedLinear):
             layer.one_row = one_quantized_row(layer.weight)
-    if kernels or model.dtype == torch.bfloat16:
-        attend = cpu.attention_of_one if kernels else cpu.attention_in_two_products
+    if attend is not None and (kernels or model.dtype == torch.bfloat16):
         for block in model.language_model.layers:
             block.self_attn.attend = partial(one_query_apart, attend)
 
