@@ -82,7 +82,7 @@ class Places(NamedTuple):
     mask: torch.Tensor | None  # (B, 1, T, S), added to the scores: 0 or −∞; None: plain causal attention
     slots: torch.Tensor  # (T,), the tokens' places in the cache
     seen: int  # S: attention looks at the first S slots of the cache
-    queries: slice = slice(None)  # the tokens whose output is computed: all, or in a prompt's last block only the last
+    queries: slice  # the tokens whose output is computed: all, or in a prompt's last block only the last
 
     def last_query(self):
         """For the last block of a prompt: the first word needs the last token's output and none of the others'."""
@@ -237,7 +237,7 @@ class Llama(nn.Module):
         else:
             tables = rope_table(counted if positions is None else positions, self.config.head_dim, self.config.rope_theta)
             rope = tuple(table.to(x.dtype) for table in tables)
-        return Places(rope, mask, slots, seen)
+        return Places(rope, mask, slots, seen, slice(None))
 
 
 def is_plain(T, attention_mask, cache, window):
