@@ -7,7 +7,8 @@
 
 The vision tower stays frozen. Only what the assistant says is learnt, with the end mark after it. The data is a JSON list
 of {"image": file, "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": …}, …]};
-a record without "image" is text alone. The result is a checkpoint folder like the one started from, or an adapter (training/lora.py).
+a record without "image" is text alone. The result is a checkpoint folder like the one started from, an adapter (training/lora.py), or
+with --save-projector the projector alone, from which stage 2 goes on with --projector.
 The loss of every step goes to OUT.losses.jsonl, beside the result.
 
 A run that was stopped by Ctrl-C, or killed, goes on where its last state was saved when the same command is given again. One that
@@ -35,11 +36,12 @@ from training.parameters import GradientScaler, load_model, make_trainable
 from training.report import Report
 from training.state import agreed_step, begin, describe_run, load_state, save_result, save_state, training_state
 from weights.checkpoint import checkpoint_folder
+from weights.original import PROJECTOR
 from weights.quantize import GROUPS
 
 LARGE = 100e6  # parameters of a model above which activations are checkpointed by default
 # Options with which a run may go on that it did not begin with.
-FREE = ("model", "out", "device", "workers", "save_every", "held_out", "checkpoint_activations", "checkpoint_every")
+FREE = ("model", "out", "device", "workers", "save_every", "held_out", "checkpoint_activations", "checkpoint_every", "save_projector")
 
 
 def train(args, group):
@@ -173,8 +175,8 @@ def held_out_loss(model, loader, autocast, group):
 
 def check(args, size):
     """Raises ValueError for options that contradict each other, and for a run that has ended."""
-    if any((args.out / name).is_file() for name in ("model.safetensors", WEIGHTS)):
-        raise ValueError(f"{args.out} holds a finished checkpoint; remove it, or give another --out")
+    if any((args.out / name).is_file() for name in ("model.safetensors", PROJECTOR, WEIGHTS)):
+        raise ValueError(f"{args.out} holds a finished result; remove it, or give another --out")
     if args.lora and args.stage == 1:
         raise ValueError("--lora is for stage 2; stage 1 trains the projector alone")
     if args.lora_alpha and not args.lora:
@@ -183,6 +185,8 @@ def check(args, size):
         raise ValueError("--lora-dropout is for an adapter; give its rank by --lora")
     if args.projector_lr and args.stage == 1:
         raise ValueError("--projector-lr is for stage 2; stage 1 trains the projector alone, with --lr")
+    if args.save_projector and args.stage == 2:
+        raise ValueError("--save-projector is for stage 1; stage 2 trains more than the projector")
     if args.format == "plain" and args.stage == 2:
         raise ValueError("--format plain is for stage 1: it has no questions")
     if args.format == "plain" and (args.style or args.system is not None):
@@ -212,6 +216,8 @@ def argument_parser():
     parser.add_argument("--data", type=Path, required=True, help="JSON list of conversations, or JSON lines")
     parser.add_argument("--images", type=Path, required=True, help="folder that the records' image files are in")
     parser.add_argument("--out", type=Path, required=True, help="folder for the result, and for the state to resume from")
+    parser.add_argument("--projector", type=Path, metavar="PATH", help="begin with this projector, an mm_projector.bin or its folder")
+    parser.add_argument("--save-projector", action="store_true", help="in stage 1, write the projector alone: OUT/mm_projector.bin")
     parser.add_argument(
         "--lora", type=positive(int), metavar="RANK", help="in stage 2, leave the language model and train an adapter of it"
     )

@@ -218,14 +218,46 @@ def test_one_type_that_of_the_language_model(tmp_path, parts, clip):
 
 
 @pytest.mark.parametrize("with_config", [False, True])
-def test_a_projector_alone(tmp_path, parts, clip, vicuna, with_config):
-    theirs, ours = projector()
+@pytest.mark.parametrize("vip", [False, True])
+def test_a_projector_alone(tmp_path, parts, clip, vicuna, with_config, vip):
+    theirs, ours = projector(vip)
     (tmp_path / "in").mkdir()
     torch.save(theirs, tmp_path / "in" / "mm_projector.bin")
     if with_config:
-        (tmp_path / "in" / "config.json").write_text(json.dumps(LLAVA | TEXT))
+        (tmp_path / "in" / "config.json").write_text(json.dumps((VIP if vip else LLAVA) | TEXT))
     convert(tmp_path / "in", tmp_path / "out", vision=clip, base=vicuna)
     assert_equal(stored(tmp_path / "out"), expected(*parts, ours))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == ("vipllava" if vip else "llava")
+
+
+@pytest.mark.parametrize("vip", [False, True])
+def test_a_projector_put_into_a_checkpoint(tmp_path, parts, clip, vip):
+    """All else stays as it is, the files beside the weights too."""
+    convert(put(tmp_path / "in", parts[0] | projector(vip)[0], (VIP if vip else LLAVA) | TEXT, "bin"), tmp_path / "base", vision=clip)
+    theirs, ours = projector(vip)
+    (tmp_path / "aligned").mkdir()
+    torch.save(theirs, tmp_path / "aligned" / "mm_projector.bin")
+    with torch.no_grad():
+        convert(tmp_path / "aligned", tmp_path / "out", base=tmp_path / "base")
+    assert_equal(stored(tmp_path / "out"), expected(*parts, ours))
+    for file in (tmp_path / "base").glob("*.json"):
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_bases_that_a_projector_is_not_put_into(tmp_path, parts, clip):
+    theirs, _ = projector()
+    convert(put(tmp_path / "in", parts[0] | theirs, LLAVA | TEXT, "bin"), tmp_path / "base", vision=clip)
+    convert(tmp_path / "base", tmp_path / "int8", "int8")
+    (tmp_path / "aligned").mkdir()
+    torch.save(theirs, tmp_path / "aligned" / "mm_projector.bin")
+    for options, problem in (
+        (dict(), "give the checkpoint that it was trained in as --base"),
+        (dict(base=tmp_path / "base", vision=clip), "--vision is for a --base without a vision tower"),
+        (dict(base=tmp_path / "int8"), "is quantised; give the checkpoint that it was made from"),
+        (dict(base="tiny/llava"), "is the projector of another model: linear_1.weight"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            convert(tmp_path / "aligned", tmp_path / "out", **options)
 
 
 @pytest.mark.parametrize("vip", [False, True])
