@@ -174,14 +174,15 @@ class Chat:
 
     def answer(
         self, questions, batch_size=8, max_new_tokens=512, temperature=0.0, top_k=None, top_p=None, seed=None, repetition_penalty=1.0,
-        literal=False,
+        literal=False, numbered=False,
     ):  # fmt: skip
-        """Answer many questions, each on its own, in batches of like length: an iterator of their answers, in the order asked.
+        """Answer many questions, each on its own, in batches: an iterator of their answers, in the order asked.
 
-        questions: pairs (text, [PIL pictures]), in a list or from an iterator; with no picture, one or several. They are taken up
-            4 · batch_size at a time, and the answers of those come together.
+        questions: pairs (text, [PIL pictures]), in a list or from an iterator; with no picture, one or several. One is taken up
+            when another's answer has ended.
         batch_size: how many are answered at once. What a batch needs in memory is mainly its KV cache.
         literal: take the texts as they are, also where they hold what is not allowed in a conversation ("###", "</s>").
+        numbered: yield pairs instead, the number of a question (from 0) and its answer, each as soon as the answer has ended.
 
         In float32 each greedy answer is what `ask` gives in a new conversation. The conversation of this Chat is left alone; `system`,
         `style` and `pad` hold here too. A question that cannot be asked stops no other: its answer is an `Unanswered`, an empty str
@@ -194,25 +195,26 @@ class Chat:
             max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
             repetition_penalty=repetition_penalty,
         )  # fmt: skip
-        return self._answers(iter(questions), batch_size, literal, options)
+        answers = self._answers(iter(questions), batch_size, literal, options)
+        return answers if numbered else in_order(answers)
 
     def _answers(self, questions, batch_size, literal, options):
-        ready, due = {}, 0  # number -> answer, until all before it have been given
-        prompts = self._fit_to_ask(questions, literal, ready)
+        """(number, answer) of each question, as the answers end."""
+        unanswered = []
+        prompts = self._fit_to_ask(questions, literal, unanswered)
         for n, ids in generate_many(self.model, prompts, batch_size, self._has_ended, **options):
-            ready[n] = "".join(stop_at(self.tokenizer.stream(ids), self._end))
-            while due in ready:
-                yield ready.pop(due)
-                due += 1
-        yield from (ready[n] for n in sorted(ready))  # those that could not be asked, at the end
+            yield n, "".join(stop_at(self.tokenizer.stream(ids), self._end))
+            while unanswered:
+                yield unanswered.pop()
+        yield from unanswered
 
-    def _fit_to_ask(self, questions, literal, ready):
-        """(number, Prompt) of each question that can be asked. The others are Unanswered, and put into `ready` by their numbers."""
+    def _fit_to_ask(self, questions, literal, unanswered):
+        """(number, Prompt) of each question that can be asked. The others are put into `unanswered`: (number, Unanswered)."""
         for n, question in enumerate(questions):
             try:
                 yield n, self._prepared(question, literal)
             except ValueError as error:
-                ready[n] = Unanswered(error)
+                unanswered.append((n, Unanswered(error)))
 
     def _prepared(self, question, literal=False):
         """A question (text, pictures), alone in a conversation, as a Prompt. Raises ValueError if it cannot be asked."""
@@ -298,6 +300,16 @@ class Unanswered(str):
         self = super().__new__(cls)
         self.error = error
         return self
+
+
+def in_order(numbered):
+    """From pairs (n, item), in which each n of 0, 1, 2 … comes once: the items by their numbers, each as soon as it can be given."""
+    early, due = {}, 0
+    for n, item in numbered:
+        early[n] = item
+        while due in early:
+            yield early.pop(due)
+            due += 1
 
 
 PLACE = "\ue000"  # stands for a literal text while the prompt around it is written; a character that no text has

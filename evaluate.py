@@ -21,8 +21,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from benchmarks.answers import join_parts, open_for_lines, part_path, read_answers, read_parts
 from benchmarks.measures import MEASURES, PUBLISHED, interval
-from benchmarks.questions import read_answers, read_questions
+from benchmarks.questions import read_questions
 from benchmarks.submissions import SUBMISSIONS
 from chat import Chat
 from hardware.device import choose_device, choose_dtype
@@ -83,87 +84,70 @@ def refuse_missing_pictures(questions, folder):
 
 
 def answer_all(chat, questions, args, settings, path, shown):
-    """Append the answers to these questions to the file, each as soon as it is there. Returns how many could not be asked."""
-    unreadable, failed = {}, 0
+    """Append the answers to questions {number: Question} to a file, each as soon as it is there, with its question's number.
+
+    Returns how many could not be asked.
+    """
+    numbers, unreadable, failed = list(questions), {}, 0
 
     def asked():
-        for n, question in enumerate(questions):
+        for number, question in questions.items():
             try:
                 yield question.text, question.pictures(args.images)
             except (ValueError, OSError) as error:  # a damaged picture: the others are asked all the same
-                unreadable[n] = error
+                unreadable[number] = error
                 yield question.text, None
 
-    answers = chat.answer(asked(), args.batch_size, args.max_new_tokens, literal=True)
-    with open(path, "a", encoding="utf-8") as file:
-        for n, text in enumerate(tqdm(answers, total=len(questions), desc="asking", unit="question", disable=not shown)):
+    answers = chat.answer(asked(), args.batch_size, args.max_new_tokens, literal=True, numbered=True)
+    with open_for_lines(path) as file:
+        for n, text in tqdm(answers, total=len(questions), desc="asking", unit="question", disable=not shown):
+            question = questions[numbers[n]]
             line = {
-                "question_id": questions[n].id,
-                "prompt": questions[n].prompt,
+                "number": numbers[n],
+                "question_id": question.id,
+                "prompt": question.prompt,
                 "text": text.strip(),
                 "answer_id": uuid.uuid4().hex,
                 "model_id": Path(args.model).name,
                 "metadata": settings,
             }
-            error = unreadable.get(n) or getattr(text, "error", None)
+            error = unreadable.get(numbers[n]) or getattr(text, "error", None)
             if error is not None:
                 line["error"], failed = str(error), failed + 1
-                print(f"evaluate.py: question {questions[n].id!r} could not be asked: {error}", file=sys.stderr)
+                print(f"evaluate.py: question {question.id!r} could not be asked: {error}", file=sys.stderr)
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
     return failed
 
 
-def refuse_others(answers, settings, path):
-    """Raises ValueError if some of the answers were given by another model, or in another way."""
-    for answer in answers:
-        before = answer.get("metadata") or {}
-        if other := [name for name in settings if before.get(name) != settings[name]]:
-            raise ValueError(f"{path} holds answers given with another {', '.join(other)}; name another file for --answers")
-
-
 def run(args, rank=0, size=1):
-    """Answer the questions that have no answer yet; process `rank` of `size` every size-th of them. Returns how many failed."""
+    """Answer the questions that have no answer yet; process `rank` of `size` every size-th of them. Returns how many failed.
+
+    Answers end in another order than they were asked in. Until all are there, each process keeps its own in a part beside the file.
+    """
     questions = read_questions(args.questions, args.suffix)
     refuse_missing_pictures(questions, args.images)
     if not args.answers.parent.is_dir():
         raise FileNotFoundError(f"{args.answers.parent}: no such folder, to write the answers to")
     chat = load(args)
     settings = description(chat, args)
-    done = read_answers(args.answers, questions)
-    refuse_others(done, settings, args.answers)
-    left = questions[len(done) :]
-    if size == 1:
-        return answer_all(chat, left, args, settings, args.answers, True) if left else 0
-    part, share = part_path(args.answers, rank, size), left[rank::size]
-    mine = read_answers(part, share)
-    refuse_others(mine, settings, part)
-    failed = answer_all(chat, share[len(mine) :], args, settings, part, rank == 0)
-    dist.barrier()
+    done = read_answers(args.answers, questions, settings)
+    early = read_parts(args.answers, questions, settings)
+    left = [n for n in range(len(done), len(questions)) if n not in early]
+    meet(size)  # nobody writes before all have read
+    failed, share = 0, {n: questions[n] for n in left[rank::size]}
+    if share:
+        failed = answer_all(chat, share, args, settings, part_path(args.answers, rank), rank == 0)
+    meet(size)
     if rank == 0:
-        join_parts(args.answers, size, len(left))
+        join_parts(args.answers, questions, settings, len(done))
     return failed
 
 
-def part_path(path, rank, size):
-    return path.with_name(f"{path.name}.{rank}-of-{size}")
-
-
-def join_parts(path, size, count):
-    """Append what the processes have answered to the file, in the order asked, and remove their parts."""
-    parts = [part_path(path, rank, size) for rank in range(size)]
-    lines = [part.read_text(encoding="utf-8").splitlines() for part in parts]
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(lines[n % size][n // size] + "\n" for n in range(count))
-    for part in parts:
-        part.unlink()
-
-
-def refuse_other_parts(path, size):
-    """Raises ValueError for the parts of a run with another number of processes: only as many can go on with them."""
-    for found in path.parent.glob(f"{path.name}.*-of-*"):
-        if not found.name.endswith(f"-of-{size}"):
-            raise ValueError(f"{found} is of a run with another number of processes; go on with as many, or remove it")
+def meet(size):
+    """Wait for all processes."""
+    if size > 1:
+        dist.barrier()
 
 
 def whole_answers(args):
@@ -239,7 +223,6 @@ def start(args):
         raise ValueError("give --model to answer, or --score or --submit for what is answered")
     else:
         size = int(os.environ["WORLD_SIZE"]) if dist.is_available() and dist.is_torchelastic_launched() else 1
-        refuse_other_parts(args.answers, size)
         if size == 1:
             return run(args)
         dist.init_process_group("gloo", timeout=timedelta(days=7))  # the fastest waits for the slowest
@@ -260,7 +243,7 @@ def main():
             raise
         sys.exit("evaluate.py: the device ran out of memory; what is answered is kept, and a smaller --batch-size goes on from there")
     except KeyboardInterrupt:
-        sys.exit(f"evaluate.py: stopped; what is answered is in {args.answers}, and the same command goes on")
+        sys.exit(f"evaluate.py: stopped; what is answered is kept beside {args.answers}, and the same command goes on")
     if failed:
         sys.exit(f'evaluate.py: {failed} questions could not be asked; their answers are empty, with an "error" beside them')
 
