@@ -385,6 +385,37 @@ def test_mme(tmp_path):
         MEASURES["mme"](questions[:-2], said(questions[:-2], texts[:-1]), tmp_path)
 
 
+SAID = "Yes|No|yes.|No, it is not.|Not at all|NO|Eyes|Know|A no|Unknown|The answer is yes|Nope|ye s|I see no|Yes\u3000|oYes|noYes".split(
+    "|"
+)
+# What MME's own script says of made-up answers, subtask by subtask: calculation.py of its eval_tool, as it is in zjunlp/Deco at fee8d75.
+BY_MMES_SCRIPT = [71.428571, 78.571429, 71.428571, 78.571429, 42.857143, 21.428571, 64.285714, 35.714286, 35.714286, 42.857143]
+
+
+def test_mme_as_its_own_script_has_it(tmp_path):
+    """lmms-eval, which takes full stops away and reads "y" as a yes, would count other answers."""
+    questions, texts = made_up_mme(tmp_path)
+    measured = MEASURES["mme"](questions, said(questions, texts), tmp_path)
+    scores = [measures.mme_score(measured.rows[measured.rows[:, 0] == n]) for n in range(len(measures.PERCEPTION))]
+    assert scores == pytest.approx(BY_MMES_SCRIPT) and len({round(score) for score in scores}) > 5
+    assert measured.result(measured.rows) == pytest.approx(sum(BY_MMES_SCRIPT))
+
+
+def made_up_mme(folder):
+    """Questions about seven pictures of each subtask, and answers of all kinds to them."""
+    questions, texts = [], []
+    for s, subtask in enumerate(measures.PERCEPTION):
+        (folder / subtask).mkdir()
+        for p in range(7):
+            lines = [f"Is it {colour}? Please answer yes or no.\t{truth}\n" for colour, truth in (("red", "Yes"), ("blue", "No"))]
+            (folder / subtask / f"{p}.txt").write_text("".join(lines))
+            for q, colour in enumerate(("red", "blue")):
+                prompt = f"Is it {colour}?\n{WORD}"
+                questions.append(Question(f"{subtask}/{p}.jpg", prompt, [], prompt))
+                texts.append(SAID[(s * s + 5 * p + (s + 1) * q) % len(SAID)])
+    return questions, texts
+
+
 def test_the_interval_holds_the_result():
     rows = np.array([1.0] * 60 + [0.0] * 40)
     low, high = interval(measures.Measured(rows, measures.mean_percent))
