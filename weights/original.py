@@ -241,8 +241,8 @@ def text_settings(raw):
     values = {name: raw[name] for name in TEXT if raw.get(name) is not None}
     mistral = "mistral" in f"{raw.get('model_type')} {raw.get('architectures')}".lower()
     values["model_type"] = "mistral" if mistral else "llama"
-    if mistral:
-        values["sliding_window"] = raw.get("sliding_window")
+    if mistral and "sliding_window" in raw:
+        values["sliding_window"] = raw["sliding_window"]  # null is a value here: no window
     text_config(values)
     values["vocab_size"] = -(-(values.get("vocab_size", 32000) + 2) // 64) * 64
     return values
