@@ -31,7 +31,7 @@ class Chat:
         self.model, self.tokenizer, self.processor = model, tokenizer, processor
         self.style = model.config.style  # the chat format, a name in tokenizer.STYLES
         self.system = None  # a system sentence; None: the style's own
-        self.pad = False  # pad pictures to a square instead of cropping them
+        self.pad = model.config.pads_pictures  # pad pictures to a square instead of cropping them
         self._turn = None  # the answer that is being given
         self._cache = None  # the KV cache; it outlives a conversation, and with it what was captured for its size
         self.reset()

@@ -45,10 +45,8 @@ def merge_adapter(source, out, adapter):
     load_adapter(model, adapter)
     refuse_merged(source, adapter)
     merge(model)
-    save_checkpoint(model, source, out, model.dtype)
-    config = read_json(out / "config.json")
-    config["merged_adapters"] = [*config.get("merged_adapters", []), fingerprint(adapter)]
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    merged = [*read_json(source / "config.json").get("merged_adapters", []), fingerprint(adapter)]
+    save_checkpoint(model, source, out, model.dtype, fields={"merged_adapters": merged})
 
 
 def convert_model(settings, language, projector, clip, out):

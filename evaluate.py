@@ -30,7 +30,7 @@ from hardware.device import choose_device, choose_dtype
 from llava import Llava
 from tokenizer import STYLES
 from training.lora import WEIGHTS, load_adapter, refuse_merged
-from weights.checkpoint import checkpoint_folder, read_json
+from weights.checkpoint import checkpoint_folder
 from weights.config import LlavaConfig
 from weights.load import outline
 from weights.quantize import GROUPS
@@ -50,7 +50,8 @@ def load(args):
         load_adapter(chat.model, args.adapter)
         refuse_merged(folder, args.adapter)
     chat.style, chat.system = args.style or chat.style, args.system
-    chat.pad = args.pad or read_json(folder / "config.json").get("image_aspect_ratio") == "pad"
+    if args.pad is not None:
+        chat.pad = args.pad
     return chat
 
 
@@ -198,7 +199,9 @@ def argument_parser():
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="length of an answer at the most [128]")
     parser.add_argument("--style", choices=STYLES, help="the chat format [the checkpoint's]")
     parser.add_argument("--system", metavar="TEXT", help="a system sentence in place of the format's own")
-    parser.add_argument("--pad", action="store_true", help="pad pictures to a square [if the checkpoint's config.json says so]")
+    parser.add_argument(
+        "--pad", action=argparse.BooleanOptionalAction, help="pad pictures to a square, or crop them [as config.json says; else crop]"
+    )
     parser.add_argument("--device", default="auto", help="cuda (or cuda:1 …), mps or cpu [the first of them that is there]")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="[what is fast on the device]")
     parser.add_argument("--quantize", choices=GROUPS, help="the language model's weights in 8 or 4 bits [as stored]")

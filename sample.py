@@ -62,7 +62,7 @@ def argument_parser(command, description):
     add("--repetition-penalty", type=float, default=1.0, metavar="P", help="above 1: repeat less; 1.2 is much already [1]")
     add("--seed", type=int, help="makes the draws repeatable")
     add("--system", metavar="TEXT", help="a system sentence in place of the format's own")
-    add("--pad", action="store_true", help="pad pictures to a square instead of cropping them")
+    add("--pad", action=argparse.BooleanOptionalAction, help="pad pictures to a square, or crop them [as config.json says; else crop]")
     add("--show-prompt", action="store_true", help="also print the exact prompt and its ids to standard error")
     add_loading_options(parser, "tiny/llava")
     return parser
@@ -159,7 +159,9 @@ def load(args, pictures, processes=None):
     if args.adapter is not None:
         load_adapter(chat.model, args.adapter)
         refuse_merged(folder, args.adapter)
-    chat.style, chat.system, chat.pad = args.style or chat.style, args.system, args.pad
+    chat.style, chat.system = args.style or chat.style, args.system
+    if args.pad is not None:
+        chat.pad = args.pad
     tell_of_template(folder, chat.style)
     if args.compile:
         chat.model.decode_step = compiled(chat.model.decode_step, device)

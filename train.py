@@ -52,6 +52,8 @@ def train(args, group):
     source, states, dtype = checkpoint_folder(args.model), args.out / "training-state", getattr(torch, args.dtype)
     model = load_model(args, source, group)
     stored = model.dtype  # the result is stored in the type that the checkpoint came in
+    if args.pad is None:
+        args.pad = model.config.pads_pictures
     parameters, optimizer, autocast = make_trainable(model, args.stage, dtype, checkpoints_activations(args, model), args.device, group)
     scaler = GradientScaler(dtype)
 
@@ -243,7 +245,9 @@ def argument_parser():
     parser.add_argument("--system", metavar="TEXT", help="a system sentence in place of the format's own")
     parser.add_argument("--warmup", type=float, default=0.03, help="share of the steps")
     parser.add_argument("--max-length", type=positive(int), default=2048, help="tokens of a conversation, features of its picture included")
-    parser.add_argument("--pad", action="store_true", help="pad pictures to a square, as the original does")
+    parser.add_argument(
+        "--pad", action=argparse.BooleanOptionalAction, help="pad pictures to a square, or crop them [as config.json says; else crop]"
+    )
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu; auto: the first of them that is there")
     parser.add_argument(
         "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the computation; what is trained is float32"

@@ -148,4 +148,7 @@ def save_result(args, model, source, out, dtype, group):
     else:
         stored = read_headers(source)
         frozen = {name: stored[name].read() for name, parameter in model.named_parameters() if not parameter.requires_grad}
-        save_checkpoint(model, source, out, dtype, frozen | trained)
+        fields = None
+        if args.pad != model.config.pads_pictures:  # whoever asks the result is to treat pictures alike
+            fields = {"image_aspect_ratio": "pad" if args.pad else "square"}
+        save_checkpoint(model, source, out, dtype, frozen | trained, fields)
