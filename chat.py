@@ -13,7 +13,7 @@ from images import ImageProcessor
 from inputs import check_options, check_pictures, check_room_for_answer
 from llama import KVCache
 from llava import Llava
-from questions import answer_in_batches, token_scores, user_message
+from questions import answers_in_batches, in_order, token_scores, user_message
 from tokenizer import STYLES, Tokenizer, chat_prompt, expand_images, stop_at, without_literals
 from weights.checkpoint import checkpoint_folder
 
@@ -29,7 +29,7 @@ class Chat:
         self.model, self.tokenizer, self.processor = model, tokenizer, processor
         self.style = model.config.style  # the chat format, a name in tokenizer.STYLES
         self.system = None  # a system sentence; None: the style's own
-        self.pad = False  # pad pictures to a square instead of cropping them
+        self.pad = model.config.pads_pictures  # pad pictures to a square instead of cropping them
         self._cache = None  # the KV cache, kept from one conversation to the next: a captured decode step belongs to it
         self._turn = None  # the generator of the answer under way
         self.reset()
@@ -198,7 +198,7 @@ class Chat:
 
     def answer(
         self, questions, batch_size=8, max_new_tokens=512, temperature=0.0, top_k=None, top_p=None, seed=None, repetition_penalty=1.0,
-        literal=False,
+        literal=False, numbered=False,
     ):  # fmt: skip
         """Answer many questions in batches: an iterator of their answers, in the order asked.
 
@@ -206,6 +206,7 @@ class Chat:
             when a row of the batch is free.
         batch_size: how many are answered at once. What a batch needs in memory is mainly its KV cache.
         literal: take the texts as they are, also where they hold what is not allowed in a conversation ("###", "</s>").
+        numbered: yield pairs instead, the number of a question (from 0) and its answer, each as soon as the answer has ended.
 
         In float32 each greedy answer is what `ask` gives in a new conversation. `system`, `style` and `pad` hold here too. The
         answer to a question that cannot be asked is an `Unanswered`, an empty str whose `error` says why; the others are answered.
@@ -218,7 +219,8 @@ class Chat:
             max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
             repetition_penalty=repetition_penalty,
         )  # fmt: skip
-        return answer_in_batches(self, questions, batch_size, literal, options)
+        answers = answers_in_batches(self, questions, batch_size, literal, options)
+        return answers if numbered else in_order(answers)
 
     def score(self, question, answer, images=()):
         """The log-probability of an answer to a question: the sum over the answer's tokens and its end mark."""

@@ -2,7 +2,8 @@
 
     python convert.py llava-v1.5-7b OUT --vision CLIP              # from the original authors' layout; CLIP: a clip-vit-large-patch14-336
     python convert.py vicuna-7b-v1.5 OUT --vision CLIP             # a language model and a CLIP, with a new projector: for stage 1
-    python convert.py STAGE1 OUT --base vicuna-7b-v1.5 --vision CLIP   # a projector alone (mm_projector.bin), with the rest
+    python convert.py STAGE1 OUT --base MODEL                      # a projector alone (mm_projector.bin), put into a checkpoint
+    python convert.py STAGE1 OUT --base vicuna-7b-v1.5 --vision CLIP   # or put between a language model and a CLIP
     python convert.py LORA ADAPTER                                 # their LoRA run, for --adapter
     python convert.py LORA OUT --base MODEL                        # or merged into MODEL, a converted base
     python convert.py llava-1.5-7b-hf OUT --quantize int4          # the language model in 4 bits
@@ -44,10 +45,8 @@ def merge_adapter(source, out, adapter):
     load_adapter(model, adapter)
     refuse_merged(source, adapter)
     merge(model)
-    save_checkpoint(model, source, out, model.dtype)
-    config = read_json(out / "config.json")
-    config["merged_adapters"] = [*config.get("merged_adapters", []), fingerprint(adapter)]
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    merged = [*read_json(source / "config.json").get("merged_adapters", []), fingerprint(adapter)]
+    save_checkpoint(model, source, out, model.dtype, fields={"merged_adapters": merged})
 
 
 def convert_model(settings, language, projector, clip, out):
@@ -96,14 +95,33 @@ def tokenizer_model(folder):
 
 
 def convert_projector(source, base, clip, out):
-    """A projector alone, as their stage 1 saves it, put on a base: a language model and a CLIP."""
+    """A projector alone, as their stage 1 saves it, put on a base: a checkpoint, or a language model and a CLIP."""
+    if base is not None and original.kind_of(base) is None:
+        put_projector(source, base, clip, out)
+        return
     if base is None or clip is None:
-        raise ValueError(f"{source} holds a projector alone; give the language model as --base and the CLIP as --vision")
-    settings = {"mm_projector_type": "mlp2x_gelu", "mm_vision_tower": original.TOWERS[0]}  # if it is alone even without a config.json
+        raise ValueError(
+            f"{source} holds a projector alone; give the checkpoint that it was trained in as --base, "
+            "or the language model as --base and the CLIP as --vision"
+        )
+    projector = original.read_projector(source / original.PROJECTOR)
+    vip = any("projector_layernorm" in name for name in projector)
+    settings = {"mm_projector_type": "mlp2x_gelu", "mm_vision_tower": original.VIP_TOWER if vip else original.TOWERS[0]}
     if (source / "config.json").is_file():
         settings = read_json(source / "config.json")
         original.check_settings(source, settings)
-    convert_model(settings, base, original.read_projector(source / "mm_projector.bin"), clip, out)
+    convert_model(settings, base, projector, clip, out)
+
+
+def put_projector(source, base, clip, out):
+    """Write the checkpoint `base` with the projector of the folder `source` in place of its own into the folder `out`."""
+    if clip is not None:
+        raise ValueError(f"--vision is for a --base without a vision tower, and {base} has one")
+    model = Llava.from_pretrained(base)
+    if model.config.quantized:
+        raise ValueError(f"{base} is quantised; give the checkpoint that it was made from, and quantise what comes out")
+    original.load_projector(model.projector, source)
+    save_checkpoint(model, base, out, model.dtype)
 
 
 def convert_language_model(source, clip, out):

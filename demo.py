@@ -49,7 +49,7 @@ class Demo:
         fine = chat.model.config.vision.image_size > 200  # or a mark must be as bold as in the tiny world
         config = {
             "model": name, "kinds": DRAWN, "colours": [*COLOURS], "knows_marks": chat.style == "vip", "most_bytes": MOST_BYTES,
-            "width": 3 if fine else 9, "alpha": 128 if fine else 220, "example": example is not None,
+            "pad": chat.pad, "width": 3 if fine else 9, "alpha": 128 if fine else 220, "example": example is not None,
         }  # fmt: skip
         self._page = (HERE / "demo.html").read_text(encoding="utf-8").replace("/*CONFIG*/{}", json.dumps(config).replace("<", "\\u003c"))
         self._example = example
@@ -242,7 +242,7 @@ def read_arguments():
     parser.add_argument("--port", type=int, default=7860, help="[7860]")
     parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask visitors for these; needed where others can reach the page")
     add_loading_options(parser, "tiny/vip-llava")
-    parser.set_defaults(question=None, chat=True, max_new_tokens=512, system=None, pad=False)  # what the page settles
+    parser.set_defaults(question=None, chat=True, max_new_tokens=512, system=None, pad=None)  # what the page settles
     return parser.parse_args()
 
 

@@ -21,15 +21,16 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from benchmarks.answers import join_parts, open_for_lines, part_path, read_answers, read_parts
 from benchmarks.measures import MEASURES, PUBLISHED, interval
-from benchmarks.questions import read_answers, read_questions
+from benchmarks.questions import read_questions
 from benchmarks.submissions import SUBMISSIONS
 from chat import Chat
 from hardware.device import choose_device, choose_dtype
 from llava import Llava
 from tokenizer import STYLES
 from training.lora import WEIGHTS, load_adapter, refuse_merged
-from weights.checkpoint import checkpoint_folder, read_json
+from weights.checkpoint import checkpoint_folder
 from weights.config import LlavaConfig
 from weights.load import outline
 from weights.quantize import GROUPS
@@ -49,7 +50,8 @@ def load(args):
         load_adapter(chat.model, args.adapter)
         refuse_merged(folder, args.adapter)
     chat.style, chat.system = args.style or chat.style, args.system
-    chat.pad = args.pad or read_json(folder / "config.json").get("image_aspect_ratio") == "pad"
+    if args.pad is not None:
+        chat.pad = args.pad
     return chat
 
 
@@ -83,87 +85,70 @@ def refuse_missing_pictures(questions, folder):
 
 
 def answer_all(chat, questions, args, settings, path, shown):
-    """Append the answers to these questions to the file, each as soon as it is there. Returns how many could not be asked."""
-    unreadable, failed = {}, 0
+    """Append the answers to questions {number: Question} to a file, each as soon as it is there, with its question's number.
+
+    Returns how many could not be asked.
+    """
+    numbers, unreadable, failed = list(questions), {}, 0
 
     def asked():
-        for n, question in enumerate(questions):
+        for number, question in questions.items():
             try:
                 yield question.text, question.pictures(args.images)
             except (ValueError, OSError) as error:  # a damaged picture: the others are asked all the same
-                unreadable[n] = error
+                unreadable[number] = error
                 yield question.text, None
 
-    answers = chat.answer(asked(), args.batch_size, args.max_new_tokens, literal=True)
-    with open(path, "a", encoding="utf-8") as file:
-        for n, text in enumerate(tqdm(answers, total=len(questions), desc="asking", unit="question", disable=not shown)):
+    answers = chat.answer(asked(), args.batch_size, args.max_new_tokens, literal=True, numbered=True)
+    with open_for_lines(path) as file:
+        for n, text in tqdm(answers, total=len(questions), desc="asking", unit="question", disable=not shown):
+            question = questions[numbers[n]]
             line = {
-                "question_id": questions[n].id,
-                "prompt": questions[n].prompt,
+                "number": numbers[n],
+                "question_id": question.id,
+                "prompt": question.prompt,
                 "text": text.strip(),
                 "answer_id": uuid.uuid4().hex,
                 "model_id": Path(args.model).name,
                 "metadata": settings,
             }
-            error = unreadable.get(n) or getattr(text, "error", None)
+            error = unreadable.get(numbers[n]) or getattr(text, "error", None)
             if error is not None:
                 line["error"], failed = str(error), failed + 1
-                print(f"evaluate.py: question {questions[n].id!r} could not be asked: {error}", file=sys.stderr)
+                print(f"evaluate.py: question {question.id!r} could not be asked: {error}", file=sys.stderr)
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
     return failed
 
 
-def refuse_others(answers, settings, path):
-    """Raises ValueError if some of the answers were given by another model, or in another way."""
-    for answer in answers:
-        before = answer.get("metadata") or {}
-        if other := [name for name in settings if before.get(name) != settings[name]]:
-            raise ValueError(f"{path} holds answers given with another {', '.join(other)}; name another file for --answers")
-
-
 def run(args, rank=0, size=1):
-    """Answer the questions that have no answer yet; process `rank` of `size` every size-th of them. Returns how many failed."""
+    """Answer the questions that have no answer yet; process `rank` of `size` every size-th of them. Returns how many failed.
+
+    Answers end in another order than they were asked in. Until all are there, each process keeps its own in a part beside the file.
+    """
     questions = read_questions(args.questions, args.suffix)
     refuse_missing_pictures(questions, args.images)
     if not args.answers.parent.is_dir():
         raise FileNotFoundError(f"{args.answers.parent}: no such folder, to write the answers to")
     chat = load(args)
     settings = description(chat, args)
-    done = read_answers(args.answers, questions)
-    refuse_others(done, settings, args.answers)
-    left = questions[len(done) :]
-    if size == 1:
-        return answer_all(chat, left, args, settings, args.answers, True) if left else 0
-    part, share = part_path(args.answers, rank, size), left[rank::size]
-    mine = read_answers(part, share)
-    refuse_others(mine, settings, part)
-    failed = answer_all(chat, share[len(mine) :], args, settings, part, rank == 0)
-    dist.barrier()
+    done = read_answers(args.answers, questions, settings)
+    early = read_parts(args.answers, questions, settings)
+    left = [n for n in range(len(done), len(questions)) if n not in early]
+    meet(size)  # nobody writes before all have read
+    failed, share = 0, {n: questions[n] for n in left[rank::size]}
+    if share:
+        failed = answer_all(chat, share, args, settings, part_path(args.answers, rank), rank == 0)
+    meet(size)
     if rank == 0:
-        join_parts(args.answers, size, len(left))
+        join_parts(args.answers, questions, settings, len(done))
     return failed
 
 
-def part_path(path, rank, size):
-    return path.with_name(f"{path.name}.{rank}-of-{size}")
-
-
-def join_parts(path, size, count):
-    """Append what the processes have answered to the file, in the order asked, and remove their parts."""
-    parts = [part_path(path, rank, size) for rank in range(size)]
-    lines = [part.read_text(encoding="utf-8").splitlines() for part in parts]
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(lines[n % size][n // size] + "\n" for n in range(count))
-    for part in parts:
-        part.unlink()
-
-
-def refuse_other_parts(path, size):
-    """Raises ValueError for the parts of a run with another number of processes: only as many can go on with them."""
-    for found in path.parent.glob(f"{path.name}.*-of-*"):
-        if not found.name.endswith(f"-of-{size}"):
-            raise ValueError(f"{found} is of a run with another number of processes; go on with as many, or remove it")
+def meet(size):
+    """Wait for all processes."""
+    if size > 1:
+        dist.barrier()
 
 
 def whole_answers(args):
@@ -214,7 +199,9 @@ def argument_parser():
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="length of an answer at the most [128]")
     parser.add_argument("--style", choices=STYLES, help="the chat format [the checkpoint's]")
     parser.add_argument("--system", metavar="TEXT", help="a system sentence in place of the format's own")
-    parser.add_argument("--pad", action="store_true", help="pad pictures to a square [if the checkpoint's config.json says so]")
+    parser.add_argument(
+        "--pad", action=argparse.BooleanOptionalAction, help="pad pictures to a square, or crop them [as config.json says; else crop]"
+    )
     parser.add_argument("--device", default="auto", help="cuda (or cuda:1 …), mps or cpu [the first of them that is there]")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="[what is fast on the device]")
     parser.add_argument("--quantize", choices=GROUPS, help="the language model's weights in 8 or 4 bits [as stored]")
@@ -239,7 +226,6 @@ def start(args):
         raise ValueError("give --model to answer, or --score or --submit for what is answered")
     else:
         size = int(os.environ["WORLD_SIZE"]) if dist.is_available() and dist.is_torchelastic_launched() else 1
-        refuse_other_parts(args.answers, size)
         if size == 1:
             return run(args)
         dist.init_process_group("gloo", timeout=timedelta(days=7))  # the fastest waits for the slowest
@@ -260,7 +246,7 @@ def main():
             raise
         sys.exit("evaluate.py: the device ran out of memory; what is answered is kept, and a smaller --batch-size goes on from there")
     except KeyboardInterrupt:
-        sys.exit(f"evaluate.py: stopped; what is answered is in {args.answers}, and the same command goes on")
+        sys.exit(f"evaluate.py: stopped; what is answered is kept beside {args.answers}, and the same command goes on")
     if failed:
         sys.exit(f'evaluate.py: {failed} questions could not be asked; their answers are empty, with an "error" beside them')
 

@@ -63,7 +63,9 @@ def load(args, pictures, processes=None):
     if args.adapter is not None:
         load_adapter(chat.model, args.adapter)
         refuse_merged(folder, args.adapter)
-    chat.style, chat.system, chat.pad = args.style or chat.style, args.system, args.pad
+    chat.style, chat.system = args.style or chat.style, args.system
+    if args.pad is not None:
+        chat.pad = args.pad
     tell_of_template(folder, chat.style)
     if args.compile:
         chat.model.decode_step = compiled(chat.model.decode_step, device)

@@ -47,15 +47,14 @@ def prompt_of(chat, question, literal=False):
 # Answers
 
 
-def answer_in_batches(chat, questions, batch_size, literal, options):
-    """The body of `Chat.answer`: yields the answers, in the order asked. options: those of `generate_many`."""
+def answers_in_batches(chat, questions, batch_size, literal, options):
+    """The body of `Chat.answer`: yields (number, answer) of each question as its answer ends. options: those of `generate_many`."""
     prompts = prompts_or_errors(chat, questions, literal)
-    answers = generate_many(chat.model, prompts, batch_size, chat.has_ended, **options)
-    for ids in in_order(answers):
+    for n, ids in generate_many(chat.model, prompts, batch_size, chat.has_ended, **options):
         if isinstance(ids, ValueError):
-            yield Unanswered(ids)
+            yield n, Unanswered(ids)
         else:
-            yield "".join(stop_at(chat.tokenizer.stream(ids), chat.end_mark))
+            yield n, "".join(stop_at(chat.tokenizer.stream(ids), chat.end_mark))
 
 
 def prompts_or_errors(chat, questions, literal):

@@ -50,7 +50,7 @@ def argument_parser(command, description):
     add("--repetition-penalty", type=float, default=1.0, metavar="P", help="above 1: repeat less; 1.2 is much already [1]")
     add("--seed", type=int, help="makes the draws repeatable")
     add("--system", metavar="TEXT", help="a system sentence in place of the format's own")
-    add("--pad", action="store_true", help="pad pictures to a square instead of cropping them")
+    add("--pad", action=argparse.BooleanOptionalAction, help="pad pictures to a square, or crop them [as config.json says; else crop]")
     add("--show-prompt", action="store_true", help="also print the exact prompt and its ids to standard error")
     add_loading_options(parser, "tiny/llava")
     return parser

@@ -8,7 +8,8 @@
 The vision tower stays frozen. Only what the assistant says is learnt, with the end mark after it. The data is a JSON list
 of {"image": file, "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": …}, …]};
 a record without "image" is text alone, and one with "bboxes" may refer to regions (training/regions.py). The result is a checkpoint
-folder like the one started from, or an adapter (training/lora.py). The loss of every step goes to OUT.losses.jsonl, beside the result.
+folder like the one started from, an adapter (training/lora.py), or with --save-projector the projector alone, from which stage 2 goes
+on with --projector. The loss of every step goes to OUT.losses.jsonl, beside the result.
 
 A run that was stopped by Ctrl-C, or killed, goes on where its last state was saved when the same command is given again. One that
 has finished is not begun anew. On several GPUs, each process with its share of every batch and of what is trained:
@@ -35,11 +36,12 @@ from training.parameters import GradientScaler, load_model, make_trainable
 from training.report import Report
 from training.state import agreed_step, begin, describe_run, load_state, save_result, save_state, training_state
 from weights.checkpoint import checkpoint_folder
+from weights.original import PROJECTOR
 from weights.quantize import GROUPS
 
 LARGE = 100e6  # parameters of a model above which activations are checkpointed by default
 # Options with which a run may go on that it did not begin with.
-FREE = ("model", "out", "device", "workers", "save_every", "held_out", "checkpoint_activations", "checkpoint_every")
+FREE = ("model", "out", "device", "workers", "save_every", "held_out", "checkpoint_activations", "checkpoint_every", "save_projector")
 
 
 def train(args, group):
@@ -50,6 +52,8 @@ def train(args, group):
     source, states, dtype = checkpoint_folder(args.model), args.out / "training-state", getattr(torch, args.dtype)
     model = load_model(args, source, group)
     stored = model.dtype  # the result is stored in the type that the checkpoint came in
+    if args.pad is None:
+        args.pad = model.config.pads_pictures
     parameters, optimizer, autocast = make_trainable(model, args.stage, dtype, checkpoints_activations(args, model), args.device, group)
     scaler = GradientScaler(dtype)
 
@@ -173,8 +177,8 @@ def held_out_loss(model, loader, autocast, group):
 
 def check(args, size):
     """Raises ValueError for options that contradict each other, and for a run that has ended."""
-    if any((args.out / name).is_file() for name in ("model.safetensors", WEIGHTS)):
-        raise ValueError(f"{args.out} holds a finished checkpoint; remove it, or give another --out")
+    if any((args.out / name).is_file() for name in ("model.safetensors", PROJECTOR, WEIGHTS)):
+        raise ValueError(f"{args.out} holds a finished result; remove it, or give another --out")
     if args.lora and args.stage == 1:
         raise ValueError("--lora is for stage 2; stage 1 trains the projector alone")
     if args.lora_alpha and not args.lora:
@@ -183,6 +187,8 @@ def check(args, size):
         raise ValueError("--lora-dropout is for an adapter; give its rank by --lora")
     if args.projector_lr and args.stage == 1:
         raise ValueError("--projector-lr is for stage 2; stage 1 trains the projector alone, with --lr")
+    if args.save_projector and args.stage == 2:
+        raise ValueError("--save-projector is for stage 1; stage 2 trains more than the projector")
     if args.format == "plain" and args.stage == 2:
         raise ValueError("--format plain is for stage 1: it has no questions")
     if args.format == "plain" and (args.style or args.system is not None):
@@ -212,6 +218,8 @@ def argument_parser():
     parser.add_argument("--data", type=Path, required=True, help="JSON list of conversations, or JSON lines")
     parser.add_argument("--images", type=Path, required=True, help="folder that the records' image files are in")
     parser.add_argument("--out", type=Path, required=True, help="folder for the result, and for the state to resume from")
+    parser.add_argument("--projector", type=Path, metavar="PATH", help="begin with this projector, an mm_projector.bin or its folder")
+    parser.add_argument("--save-projector", action="store_true", help="in stage 1, write the projector alone: OUT/mm_projector.bin")
     parser.add_argument(
         "--lora", type=positive(int), metavar="RANK", help="in stage 2, leave the language model and train an adapter of it"
     )
@@ -237,7 +245,9 @@ def argument_parser():
     parser.add_argument("--system", metavar="TEXT", help="a system sentence in place of the format's own")
     parser.add_argument("--warmup", type=float, default=0.03, help="share of the steps")
     parser.add_argument("--max-length", type=positive(int), default=2048, help="tokens of a conversation, features of its picture included")
-    parser.add_argument("--pad", action="store_true", help="pad pictures to a square, as the original does")
+    parser.add_argument(
+        "--pad", action=argparse.BooleanOptionalAction, help="pad pictures to a square, or crop them [as config.json says; else crop]"
+    )
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu; auto: the first of them that is there")
     parser.add_argument(
         "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the computation; what is trained is float32"

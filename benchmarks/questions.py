@@ -43,10 +43,11 @@ class Question:
         return opened
 
 
-def read_lines(path):
-    """The objects of a file of JSON lines. Raises ValueError, naming the line."""
-    found = []
-    for n, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+def read_lines(path, whole=False):
+    """The objects of a file of JSON lines. whole: without a last line that has no end. Raises ValueError, naming the line."""
+    content, found = Path(path).read_text(encoding="utf-8", errors="replace" if whole else "strict"), []
+    lines = content.split("\n")  # not splitlines, which also splits within texts
+    for n, line in enumerate(lines[:-1] if whole else lines, 1):
         if line.strip():
             try:
                 found.append(json.loads(line))
@@ -137,25 +138,3 @@ def from_table(row):
         lines.append(f"{letter}. {row[letter]}")
     text = "\n".join(lines)
     return Question(int(row["index"]), text, [base64.b64decode(row["image"])], text, row=row)
-
-
-def read_answers(path, questions):
-    """The answers to the first questions, as far as they have been given: a file's lines, but for one that a killed run left half.
-
-    Raises ValueError for an answer to another question.
-    """
-    content = Path(path).read_bytes() if Path(path).is_file() else b""
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        Path(path).write_bytes(whole)
-    answers = read_lines(path) if whole else []
-    if len(answers) > len(questions):
-        raise ValueError(f"{path} holds {len(answers)} answers to {len(questions)} questions")
-    for n, (answer, question) in enumerate(zip(answers, questions), 1):
-        if (answer.get("question_id"), answer.get("prompt", question.prompt)) != (question.id, question.prompt):
-            raise ValueError(
-                f"{path}, line {n}, answers question {answer.get('question_id')!r}; the {n}th is {question.id!r}: other questions"
-            )
-        if not isinstance(answer.get("text"), str):
-            raise ValueError(f"{path}, line {n}, has no text")
-    return answers

@@ -33,7 +33,7 @@ def clip_folder(folder, vision):
 
 
 @torch.no_grad()
-def difference(folder, vip):
+def difference(folder, vip=False):
     """The relative error of the logits of a converted checkpoint, ours beside those of transformers; and that its tokenizer agrees."""
     family = transformers.VipLlavaForConditionalGeneration if vip else transformers.LlavaForConditionalGeneration
     theirs, loading = family.from_pretrained(folder, output_loading_info=True)
@@ -63,11 +63,17 @@ def main():
                 convert(source, out, vision=clip)
                 worst = max(worst, error := difference(out, vip))
                 print(f"{'ViP-LLaVA' if vip else 'LLaVA'} {form}: {error:.1e}")
+        for window in (3, None):
+            source, out = folder / f"bakllava-{window}", folder / f"bakllava-{window}-out"
+            tensors, settings = tiny.language(heads=2) | tiny.projector()[0], tiny.TEXT | tiny.BAKLLAVA | {"sliding_window": window}
+            convert(tiny.put(source, tensors, settings, "bin"), out, vision=clip)
+            worst = max(worst, error := difference(out))
+            print(f"BakLLaVA, window {window}: {error:.1e}")
         vicuna = tiny.put(folder / "vicuna", words, tiny.TEXT | {"model_type": "llama"}, "bin")
         convert(vicuna, folder / "base", vision=clip)
         tiny.lora_run(folder / "lora", "bin")
         convert(folder / "lora", folder / "merged", base=folder / "base")
-        worst = max(worst, error := difference(folder / "merged", False))
+        worst = max(worst, error := difference(folder / "merged"))
         print(f"LoRA, merged: {error:.1e}")
     print(f"{'passed' if worst <= TOLERANCE else 'FAILED'}: tolerance {TOLERANCE}, with transformers {transformers.__version__}")
     return 0 if worst <= TOLERANCE else 1

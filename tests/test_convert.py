@@ -32,14 +32,15 @@ LLAVA = dict(
     mm_use_im_start_end=False, mm_use_im_patch_token=False, image_aspect_ratio="pad",
 )  # fmt: skip
 VIP = LLAVA | {"mm_vision_tower": "clip_4layers_336"}
+BAKLLAVA = LLAVA | dict(model_type="llava_mistral", architectures=["LlavaMistralForCausalLM"], num_key_value_heads=2, sliding_window=3)
 
 
 def noise(*shape):
     return torch.randn(shape) * 0.2
 
 
-def language():
-    """A Llama's tensors by their names in its own repository."""
+def language(heads=4):
+    """A Llama's tensors by their names in its own repository. heads: of keys and values; a Mistral has fewer than of queries."""
     tensors = {
         "model.embed_tokens.weight": noise(WORDS, WIDTH),
         "lm_head.weight": noise(WORDS, WIDTH),
@@ -47,7 +48,8 @@ def language():
     }
     for n in range(BLOCKS):
         for name in "qkvo":
-            tensors[f"model.layers.{n}.self_attn.{name}_proj.weight"] = noise(WIDTH, WIDTH)
+            rows = heads * WIDTH // 4 if name in "kv" else WIDTH
+            tensors[f"model.layers.{n}.self_attn.{name}_proj.weight"] = noise(rows, WIDTH)
         tensors[f"model.layers.{n}.mlp.gate_proj.weight"] = noise(MLP, WIDTH)
         tensors[f"model.layers.{n}.mlp.up_proj.weight"] = noise(MLP, WIDTH)
         tensors[f"model.layers.{n}.mlp.down_proj.weight"] = noise(WIDTH, MLP)
@@ -156,11 +158,11 @@ def assert_equal(found, wanted):
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-7, msg=name)  # the mean of rows is rounded
 
 
-def as_published(folder, tensors, vip=False):
-    """The same model as transformers would save it, for the comparison of logits."""
+def as_published(folder, tensors, vip=False, **text):
+    """The same model as transformers would save it, for the comparison of logits. text: more of its text_config."""
     folder.mkdir()
     config = {"model_type": "vipllava" if vip else "llava", "image_token_index": WORDS, "vision_config": VISION}
-    config |= {"text_config": TEXT | {"model_type": "llama", "vocab_size": ROWS}}
+    config |= {"text_config": TEXT | {"model_type": "llama", "vocab_size": ROWS} | text}
     (folder / "config.json").write_text(json.dumps(config))
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
     return folder
@@ -196,6 +198,26 @@ def test_a_whole_model(tmp_path, parts, clip, form, vip, inside):
     assert "".join(Chat.from_pretrained(tmp_path / "out").ask("Hello?", max_new_tokens=2)) is not None
 
 
+@pytest.mark.parametrize("window", [3, None, "left out"])
+@torch.no_grad()
+def test_bakllava(tmp_path, parts, clip, window):
+    """A Mistral: fewer heads of keys and values, and a window; where none is named, 4,096 tokens."""
+    (words, eyes), (theirs, ours) = (language(heads=2), parts[1]), projector()
+    settings = TEXT | BAKLLAVA | {"sliding_window": window}
+    if window == "left out":
+        del settings["sliding_window"]
+    convert(put(tmp_path / "in", words | theirs, settings, "bin"), tmp_path / "out", vision=clip)
+    assert_equal(stored(tmp_path / "out"), expected(words, eyes, ours))
+    model = Llava.from_pretrained(tmp_path / "out")
+    assert (model.config.text.num_key_value_heads, model.config.text.sliding_window) == (2, {"left out": 4096}.get(window, window))
+    more = dict(model_type="mistral", num_key_value_heads=2, sliding_window=model.config.text.sliding_window)
+    published = Llava.from_pretrained(as_published(tmp_path / "published", stored(tmp_path / "out"), **more))
+    assert torch.equal(logits(model), logits(published))
+    without = Llava.from_pretrained(as_published(tmp_path / "no window", stored(tmp_path / "out"), **more | {"sliding_window": None}))
+    assert torch.equal(logits(model), logits(without)) == (window != 3)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["chat_style"] == "v1"
+
+
 def test_large_models_come_out_in_several_files(tmp_path, parts, clip, monkeypatch):
     theirs, ours = projector()
     source = put(tmp_path / "in", parts[0] | theirs, LLAVA | TEXT, "bin")
@@ -218,14 +240,46 @@ def test_one_type_that_of_the_language_model(tmp_path, parts, clip):
 
 
 @pytest.mark.parametrize("with_config", [False, True])
-def test_a_projector_alone(tmp_path, parts, clip, vicuna, with_config):
-    theirs, ours = projector()
+@pytest.mark.parametrize("vip", [False, True])
+def test_a_projector_alone(tmp_path, parts, clip, vicuna, with_config, vip):
+    theirs, ours = projector(vip)
     (tmp_path / "in").mkdir()
     torch.save(theirs, tmp_path / "in" / "mm_projector.bin")
     if with_config:
-        (tmp_path / "in" / "config.json").write_text(json.dumps(LLAVA | TEXT))
+        (tmp_path / "in" / "config.json").write_text(json.dumps((VIP if vip else LLAVA) | TEXT))
     convert(tmp_path / "in", tmp_path / "out", vision=clip, base=vicuna)
     assert_equal(stored(tmp_path / "out"), expected(*parts, ours))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == ("vipllava" if vip else "llava")
+
+
+@pytest.mark.parametrize("vip", [False, True])
+def test_a_projector_put_into_a_checkpoint(tmp_path, parts, clip, vip):
+    """All else stays as it is, the files beside the weights too."""
+    convert(put(tmp_path / "in", parts[0] | projector(vip)[0], (VIP if vip else LLAVA) | TEXT, "bin"), tmp_path / "base", vision=clip)
+    theirs, ours = projector(vip)
+    (tmp_path / "aligned").mkdir()
+    torch.save(theirs, tmp_path / "aligned" / "mm_projector.bin")
+    with torch.no_grad():
+        convert(tmp_path / "aligned", tmp_path / "out", base=tmp_path / "base")
+    assert_equal(stored(tmp_path / "out"), expected(*parts, ours))
+    for file in (tmp_path / "base").glob("*.json"):
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_bases_that_a_projector_is_not_put_into(tmp_path, parts, clip):
+    theirs, _ = projector()
+    convert(put(tmp_path / "in", parts[0] | theirs, LLAVA | TEXT, "bin"), tmp_path / "base", vision=clip)
+    convert(tmp_path / "base", tmp_path / "int8", "int8")
+    (tmp_path / "aligned").mkdir()
+    torch.save(theirs, tmp_path / "aligned" / "mm_projector.bin")
+    for options, problem in (
+        (dict(), "give the checkpoint that it was trained in as --base"),
+        (dict(base=tmp_path / "base", vision=clip), "--vision is for a --base without a vision tower"),
+        (dict(base=tmp_path / "int8"), "is quantised; give the checkpoint that it was made from"),
+        (dict(base="tiny/llava"), "is the projector of another model: linear_1.weight"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            convert(tmp_path / "aligned", tmp_path / "out", **options)
 
 
 @pytest.mark.parametrize("vip", [False, True])

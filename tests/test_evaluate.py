@@ -14,8 +14,9 @@ from PIL import Image
 
 import evaluate as command
 from benchmarks import measures
+from benchmarks.answers import read_answers
 from benchmarks.measures import MEASURES, interval, normalised, soft_accuracy
-from benchmarks.questions import LETTER, WORD, Question, read_answers, read_questions
+from benchmarks.questions import LETTER, WORD, Question, read_questions
 from images import open_image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,16 +102,64 @@ def test_a_run_that_was_killed_goes_on(asked, tmp_path, monkeypatch):
     run(monkeypatch, tmp_path, asked)
     whole = (tmp_path / "a.jsonl").read_bytes()
     lines = whole.splitlines(keepends=True)
-    (tmp_path / "a.jsonl").write_bytes(b"".join(lines[:3]) + lines[3][:20])  # a line left half
+    numbered = [json.dumps({"number": n} | json.loads(line)).encode() + b"\n" for n, line in enumerate(lines)]
+    (tmp_path / "a.jsonl").write_bytes(b"".join(lines[:2]) + lines[2][:20])  # of a run before, or killed while parts were joined
+    (tmp_path / "a.jsonl.part-0").write_bytes(numbered[4] + numbered[1] + numbered[3][:-9])
+    (tmp_path / "a.jsonl.part-2").write_bytes(numbered[6])  # of more processes than go on
     asked_for = []
     answer_all = command.answer_all
-    monkeypatch.setattr(command, "answer_all", lambda chat, left, *rest: asked_for.append(len(left)) or answer_all(chat, left, *rest))
+    monkeypatch.setattr(command, "answer_all", lambda chat, left, *rest: asked_for.append([*left]) or answer_all(chat, left, *rest))
     run(monkeypatch, tmp_path, asked)
-    assert asked_for == [4]
+    assert asked_for == [[2, 3, 5]] and not list(tmp_path.glob("a.jsonl.*"))
     again = (tmp_path / "a.jsonl").read_bytes()
-    assert again.startswith(b"".join(lines[:3])) and texts_of(tmp_path / "a.jsonl") == [json.loads(line)["text"] for line in lines]
+    assert again.startswith(b"".join(lines[:2])) and texts_of(tmp_path / "a.jsonl") == [json.loads(line)["text"] for line in lines]
     run(monkeypatch, tmp_path, asked)  # all answered: nothing is asked
-    assert asked_for == [4] and (tmp_path / "a.jsonl").read_bytes() == again
+    assert len(asked_for) == 1 and (tmp_path / "a.jsonl").read_bytes() == again
+
+
+def test_a_killed_run_loses_no_more_than_a_batch(asked, tmp_path, monkeypatch):
+    """Also where the first answer is long, and all others wait for it to be in order."""
+    asked[asked.index("--batch-size") + 1], asked[asked.index("12")] = "2", "60"
+    lines = [{"question_id": n, "image": "scene.png", "text": "How many squares are there?"} for n in range(9)]
+    write_lines(tmp_path / "q.jsonl", [lines[0] | {"text": "Describe the picture."}, *lines[1:]])
+    pictures, taken = Question.pictures, []
+
+    def stop_at_the_eighth(question, folder):
+        taken.append(question.id)
+        if len(taken) == 8:
+            raise KeyboardInterrupt
+        return pictures(question, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Question, "pictures", stop_at_the_eighth)
+        assert "the same command goes on" in stopped(patch, tmp_path, asked)
+    kept = [json.loads(line)["number"] for line in (tmp_path / "a.jsonl.part-0").read_text().splitlines()]
+    assert kept == [1, 2, 3, 4, 5, 6]  # but for the first, which is under way, and the eighth
+    run(monkeypatch, tmp_path, asked)
+    assert [json.loads(line)["question_id"] for line in (tmp_path / "a.jsonl").read_text().splitlines()] == [*range(9)]
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ({"number": 7}, "question number 7 of 7: other questions"),
+        ({}, "question number None of 7"),
+        ({"number": 1}, "other questions"),
+        ({"number": 0}, "is given with another checkpoint"),
+    ],
+)
+def test_parts_of_another_run(asked, tmp_path, monkeypatch, line, message):
+    part = write_lines(tmp_path / "a.jsonl.part-1", [{"question_id": 0, "prompt": "What is this?", "text": "A ball."} | line])
+    kept = part.read_bytes()
+    assert message in stopped(monkeypatch, tmp_path, asked) and part.read_bytes() == kept
+
+
+def test_texts_that_hold_ends_of_lines(tmp_path):
+    """Which JSON leaves as they are: a file ends its lines with newlines alone."""
+    questions = questions_of("Who\u2028or\x85what?")
+    content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in said(questions, ["I\u2028am."]))
+    (tmp_path / "a.jsonl").write_text(content, encoding="utf-8")
+    assert read_answers(tmp_path / "a.jsonl", questions)[0]["text"] == "I\u2028am."
 
 
 def test_two_processes_share_the_questions(asked, tmp_path, monkeypatch):
@@ -123,11 +172,6 @@ def test_two_processes_share_the_questions(asked, tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr[-2000:]
     assert texts_of(tmp_path / "a.jsonl") == wanted
     assert not list(tmp_path.glob("a.jsonl.*"))
-
-
-def test_parts_of_another_number_of_processes(asked, tmp_path, monkeypatch):
-    (tmp_path / "a.jsonl.0-of-3").write_text("")
-    assert "another number of processes" in stopped(monkeypatch, tmp_path, asked)
 
 
 def test_a_damaged_picture_stops_no_other_question(asked, tmp_path, monkeypatch, capsys):
@@ -339,6 +383,37 @@ def test_mme(tmp_path):
     assert measured.result(measured.rows) == pytest.approx(10 * 50 + 25 + 50)
     with pytest.raises(ValueError, match="OCR/2 has 1 answers"):
         MEASURES["mme"](questions[:-2], said(questions[:-2], texts[:-1]), tmp_path)
+
+
+SAID = "Yes|No|yes.|No, it is not.|Not at all|NO|Eyes|Know|A no|Unknown|The answer is yes|Nope|ye s|I see no|Yes\u3000|oYes|noYes".split(
+    "|"
+)
+# What MME's own script says of made-up answers, subtask by subtask: calculation.py of its eval_tool, as it is in zjunlp/Deco at fee8d75.
+BY_MMES_SCRIPT = [71.428571, 78.571429, 71.428571, 78.571429, 42.857143, 21.428571, 64.285714, 35.714286, 35.714286, 42.857143]
+
+
+def test_mme_as_its_own_script_has_it(tmp_path):
+    """lmms-eval, which takes full stops away and reads "y" as a yes, would count other answers."""
+    questions, texts = made_up_mme(tmp_path)
+    measured = MEASURES["mme"](questions, said(questions, texts), tmp_path)
+    scores = [measures.mme_score(measured.rows[measured.rows[:, 0] == n]) for n in range(len(measures.PERCEPTION))]
+    assert scores == pytest.approx(BY_MMES_SCRIPT) and len({round(score) for score in scores}) > 5
+    assert measured.result(measured.rows) == pytest.approx(sum(BY_MMES_SCRIPT))
+
+
+def made_up_mme(folder):
+    """Questions about seven pictures of each subtask, and answers of all kinds to them."""
+    questions, texts = [], []
+    for s, subtask in enumerate(measures.PERCEPTION):
+        (folder / subtask).mkdir()
+        for p in range(7):
+            lines = [f"Is it {colour}? Please answer yes or no.\t{truth}\n" for colour, truth in (("red", "Yes"), ("blue", "No"))]
+            (folder / subtask / f"{p}.txt").write_text("".join(lines))
+            for q, colour in enumerate(("red", "blue")):
+                prompt = f"Is it {colour}?\n{WORD}"
+                questions.append(Question(f"{subtask}/{p}.jpg", prompt, [], prompt))
+                texts.append(SAID[(s * s + 5 * p + (s + 1) * q) % len(SAID)])
+    return questions, texts
 
 
 def test_the_interval_holds_the_result():

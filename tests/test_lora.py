@@ -308,7 +308,7 @@ def test_training_leaves_the_base_as_it_is_to_the_last_bit(monkeypatch, data, tm
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 8, TINY)
     model = Llava.from_pretrained(TINY)
     load_adapter(model, tmp_path / "out")
-    with pytest.raises(SystemExit, match="holds a finished checkpoint"):
+    with pytest.raises(SystemExit, match="holds a finished result"):
         run(monkeypatch, data, tmp_path / "out", "--lora", "4")
 
 

@@ -19,13 +19,14 @@ from tests.test_train import interrupted, many
 from tiny.world import write
 from weights.checkpoint import save_checkpoint
 from weights.config import LlavaConfig
+from weights.original import PROJECTOR, read_projector
 
 ALIGNING, BFLOAT16, FLOAT16 = ("--stage", "1"), ("--dtype", "bfloat16", "--checkpoint-activations"), ("--dtype", "float16")
 ADAPTER, ON_INT8 = ("--lora", "4"), ("--lora", "4", "--quantize", "int8")
 PHASES = [  # each: {the ranks, of four, that train together: (the run's name, its options)}
     {(0, 1): ("two", ("--held-out", "HELD OUT")), (2,): ("one", ()), (3,): ("one aligning", ALIGNING)},
     {(0, 1, 2, 3): ("four", ("--save-every", "1e-9"))},
-    {(0, 1): ("resumed", ()), (2, 3): ("two aligning", ALIGNING)},
+    {(0, 1): ("resumed", ()), (2, 3): ("two aligning", (*ALIGNING, "--save-projector"))},
     {(0, 1): ("two in bfloat16", BFLOAT16), (2,): ("one in bfloat16", BFLOAT16), (3,): ("one with an adapter", ADAPTER)},
     {(0, 1): ("two with an adapter", ADAPTER), (2, 3): ("two with an adapter of int8", ON_INT8)},
     {(0,): ("one with an adapter of int8", ON_INT8), (1,): ("one in float16", FLOAT16), (2, 3): ("two in float16", FLOAT16)},
@@ -95,7 +96,14 @@ def runs(tmp_path_factory):
     multiprocessing.spawn(work, (folder,), nprocs=4)
     named = [(name, len(ranks)) for phase in PHASES for ranks, (name, _) in phase.items()]
     curves = {name: [torch.load(folder / f"{name} {n}.pt") for n in range(size)] for name, size in named}
-    return {name: (curves[name], load_file(next((folder / name).glob("*model.safetensors"))), folder / name) for name, _ in named}
+    return {name: (curves[name], result(folder / name), folder / name) for name, _ in named}
+
+
+def result(folder):
+    """The tensors that a run has written."""
+    if (folder / PROJECTOR).is_file():
+        return read_projector(folder / PROJECTOR)
+    return load_file(next(folder.glob("*model.safetensors")))
 
 
 def differences(one, other):
@@ -117,6 +125,8 @@ def test_the_curve_and_the_result_of_one_process(name, reference, tolerance, run
     assert len(expected) == (5 if "aligning" in name else 6) and expected[0] > expected[-1] + 0.5
     for curve in curves:
         assert curve == pytest.approx(expected, abs=tolerance)
+    if name == "two aligning":  # which writes the projector alone
+        expected_weights = {tensor: expected_weights[tensor] for tensor in expected_weights if tensor.startswith("multi_modal_projector.")}
     assert weights.keys() == expected_weights.keys()
     assert differences(weights, expected_weights) < 10 * tolerance
 
@@ -133,7 +143,7 @@ def test_a_killed_run_goes_on_in_another_number_of_processes(runs):
 def test_a_finished_run_leaves_its_result_alone(runs):
     for _, _, folder in runs.values():
         files = {file.name for file in Path(folder).iterdir()}
-        assert files & {"model.safetensors", "adapter_model.safetensors"} and "training-state" not in files
+        assert files & {"model.safetensors", "adapter_model.safetensors", PROJECTOR} and "training-state" not in files
 
 
 def test_ctrl_c_stops_all_after_the_same_step(tmp_path):
@@ -151,7 +161,7 @@ def test_a_share_of_nothing_is_refused(tmp_path):
 
     class Arguments:
         out, batch_size = tmp_path, 2
-        lora = lora_alpha = lora_dropout = projector_lr = quantize = style = system = None
+        lora = lora_alpha = lora_dropout = projector_lr = quantize = style = system = save_projector = None
         stage, format = 2, "chat"
 
     with pytest.raises(ValueError, match="--batch-size is 2, to be shared by 4 processes; give at least 4"):

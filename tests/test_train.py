@@ -23,6 +23,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import convert
 import train
 from hardware.processes import Alone, Interrupts
 from images import ImageProcessor
@@ -377,7 +378,7 @@ def test_a_killed_run_resumes_and_ends_the_same(monkeypatch, data, tmp_path, cap
 def test_a_finished_run_is_not_begun_anew(monkeypatch, data, tmp_path):
     run(monkeypatch, data, tmp_path, stage=1)
     before = (tmp_path / "model.safetensors").read_bytes()
-    with pytest.raises(SystemExit, match="holds a finished checkpoint"):
+    with pytest.raises(SystemExit, match="holds a finished result"):
         run(monkeypatch, data, tmp_path, stage=1)
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
@@ -792,9 +793,77 @@ def test_a_checkpoint_every_so_many_steps(options, name, monkeypatch, data, tmp_
         Llava.from_pretrained(tmp_path / "out" / "checkpoint-3")
 
 
+def test_the_projector_alone(monkeypatch, data, tmp_path):
+    """Stage 1 writes nothing else, also where it was killed in between; stage 2 goes on from it as from the whole checkpoint; and
+    convert.py puts it into the base, which gives that checkpoint."""
+    run(monkeypatch, data, tmp_path / "whole", stage=1)
+    with killed_run(monkeypatch, after=3) as patch:
+        run(patch, data, tmp_path / "alone", "--save-projector", "--save-every", "1e-9", stage=1)
+    run(monkeypatch, data, tmp_path / "alone", "--save-projector", "--checkpoint-every", "5", stage=1)
+    assert {path.name for path in (tmp_path / "alone").iterdir()} == {"mm_projector.bin", "checkpoint-5"}
+    assert [path.name for path in (tmp_path / "alone" / "checkpoint-5").iterdir()] == ["mm_projector.bin"]
+    with pytest.raises(SystemExit, match="holds a finished result"):
+        run(monkeypatch, data, tmp_path / "alone", "--save-projector", stage=1)
+
+    with torch.no_grad():
+        convert.convert(tmp_path / "alone", tmp_path / "joined", base=TINY)
+    whole, joined = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "joined"))
+    assert whole.keys() == joined.keys() and all(torch.equal(whole[name], joined[name]) for name in whole)
+
+    run(monkeypatch, data, tmp_path / "from-whole", model=tmp_path / "whole")
+    run(monkeypatch, data, tmp_path / "from-folder", "--projector", str(tmp_path / "alone"))
+    run(monkeypatch, data, tmp_path / "from-file", "--projector", str(tmp_path / "alone" / "mm_projector.bin"))
+    wanted, *found = (load_file(tmp_path / name / "model.safetensors") for name in ("from-whole", "from-folder", "from-file"))
+    assert all(torch.equal(wanted[name], tensors[name]) for tensors in found for name in wanted)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ("width", r"mm_projector.bin is the projector of another model: linear_1.weight is \(192, 20\) in it, and \(192, 128\) in this"),
+        ("vip", r"projector_layernorm.weight is \(5,\) in it, and absent in this one"),
+        ("lacks", r"linear_2.bias is absent in it, and \(192,\) in this one"),
+        ("other", "holds lm_head.weight; expected a projector"),
+        ("text", "mm_projector.bin holds more than weights|mm_projector.bin is damaged"),
+        ("nothing", "No such file.*mm_projector.bin"),
+    ],
+)
+def test_a_projector_that_does_not_fit(wrong, message, monkeypatch, data, tmp_path):
+    shapes = {"0.weight": (192, 128), "0.bias": (192,), "2.weight": (192, 192), "2.bias": (192,)}
+    tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    if wrong == "width":
+        tensors["0.weight"] = torch.zeros(192, 20)
+    elif wrong == "vip":
+        tensors["clip_layernorm.weight"] = torch.zeros(5)
+    elif wrong == "lacks":
+        del tensors["2.bias"]
+    tensors = {f"model.mm_projector.{name}": tensor for name, tensor in tensors.items()}
+    if wrong == "other":
+        tensors["lm_head.weight"] = torch.zeros(5)
+    if wrong != "nothing":
+        torch.save(tensors, tmp_path / "mm_projector.bin")
+    if wrong == "text":
+        (tmp_path / "mm_projector.bin").write_bytes(b"none")
+    with pytest.raises(SystemExit, match=message):
+        run(monkeypatch, data, tmp_path / "out", "--projector", str(tmp_path))
+    assert not (tmp_path / "out" / "training-state").exists()
+
+
+def test_a_projector_that_the_authors_do_not_have_is_refused_before_anything_is_learnt(monkeypatch, data, tmp_path):
+    def with_another(*args, load=Llava.from_pretrained, **options):
+        model = load(*args, **options)
+        model.projector.linear_3 = torch.nn.Linear(2, 2)
+        return model
+
+    monkeypatch.setattr(Llava, "from_pretrained", with_another)
+    with pytest.raises(SystemExit, match="mm_projector.bin has no place for a projector's linear_3.weight"):
+        run(monkeypatch, data, tmp_path / "out", "--save-projector", stage=1)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
+        (["--save-projector"], "--save-projector is for stage 1"),
         (["--format", "plain"], "--format plain is for stage 1"),
         (["--stage", "1", "--format", "plain", "--style", "vip"], "the plain format has neither"),
         (["--stage", "1", "--projector-lr", "1"], "--projector-lr is for stage 2"),

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from hardware.processes import Alone
 from llava import Llava
 from training.lora import adapted, add_adapter
+from weights.original import load_projector, projector_names
 
 
 def load_model(args, source, group):
@@ -16,6 +17,10 @@ def load_model(args, source, group):
     model = Llava.from_pretrained(source, args.device if group.size == 1 else "cpu", quantize=args.quantize)
     if model.config.quantized and not args.lora:
         raise ValueError(f"{source} is quantised: train an adapter of it (--stage 2 --lora 16), or the checkpoint it was made from")
+    if args.projector is not None:
+        load_projector(model.projector, args.projector)
+    if args.save_projector:
+        projector_names(model.projector)  # raises for one that could not be saved in the end
     if args.lora:
         add_adapter(model, args.lora, args.lora_alpha or 2 * args.lora, args.lora_dropout)
         model.train(args.lora_dropout > 0)  # nothing else in it asks whether it is trained

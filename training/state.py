@@ -19,6 +19,7 @@ import torch
 from training.lora import save_adapter
 from training.parameters import trained_tensors
 from weights.checkpoint import read_headers, read_json, save_checkpoint
+from weights.original import PROJECTOR, save_projector
 
 
 def describe_run(options, model, data, free):
@@ -135,13 +136,19 @@ def copy_rows(tensor, first, parts):
 
 
 def save_result(args, model, source, out, dtype, group):
-    """Write the checkpoint, or the adapter. What was frozen is copied as it is stored."""
+    """Write the checkpoint, the projector alone, or the adapter. What was frozen is copied as it is stored."""
     trained = trained_tensors(model, dtype, group)
     if group.rank > 0:
         return
     if args.lora:
         save_adapter(model, out, args.model, dtype, trained)
+    elif args.save_projector:
+        out.mkdir(parents=True, exist_ok=True)
+        save_projector(model.projector, out / PROJECTOR, {name.removeprefix("projector."): trained[name] for name in trained})
     else:
         stored = read_headers(source)
         frozen = {name: stored[name].read() for name, parameter in model.named_parameters() if not parameter.requires_grad}
-        save_checkpoint(model, source, out, dtype, frozen | trained)
+        fields = None
+        if args.pad != model.config.pads_pictures:  # whoever asks the result is to treat pictures alike
+            fields = {"image_aspect_ratio": "pad" if args.pad else "square"}
+        save_checkpoint(model, source, out, dtype, frozen | trained, fields)

@@ -291,17 +291,17 @@ def fill(model, stored, device, dtype, quantizers=None, copy=False, keep=()):
 # And out of it.
 
 
-def save_checkpoint(model, source, out, dtype, given=None):
+def save_checkpoint(model, source, out, dtype, given=None, fields=None):
     """Write the model in the published layout, with the other files of the folder `source` beside it, into `out`.
 
-    given: {our name: tensor}, to be written as they are in place of the model's.
+    given: {our name: tensor}, to be written as they are in place of the model's; fields: what is put into config.json.
     """
     given = given or {}
     tensors = {
         published_name(name): given[name] if name in given else parameter.detach().to("cpu", dtype)
         for name, parameter in model.named_parameters()
     }
-    write_checkpoint(tensors, source, out, "model.safetensors")
+    write_checkpoint(tensors, source, out, "model.safetensors", fields)
 
 
 def write_checkpoint(tensors, source, out, file, fields=None):

@@ -53,6 +53,7 @@ class LlavaConfig:
     pad_id: int
     eos_ids: tuple[int, ...]
     quantized: str | None = None  # the scheme (weights/quantize.py) that the weights are stored in; None: in 16 or 32 bits
+    pads_pictures: bool = False  # whether it was trained on pictures padded to a square, not cropped
 
     @property
     def features_per_image(self):
@@ -103,6 +104,7 @@ def llava_config(raw, generation):
         pad_id=pad_id,
         eos_ids=eos_ids,
         quantized=raw.get("quantization_config", {}).get("scheme"),
+        pads_pictures=raw.get("image_aspect_ratio") == "pad",
     )
 
 

@@ -44,6 +44,7 @@ SETTINGS = {  # of their config.json: what these models do not have is refused b
     "image_aspect_ratio": only("square", "pad", None),
     "s2": only(False, None),  # a tower at several scales
 }
+PROJECTOR = "mm_projector.bin"  # the file of a projector alone
 PEFT = "base_model.model."  # what PEFT puts before a name
 SHARD = 2 * 10**9  # bytes: how much is written at once
 
@@ -63,9 +64,9 @@ def kind_of(folder):
     if (folder / "non_lora_trainables.bin").is_file():
         return "lora"
     if not (folder / "config.json").is_file():
-        return "projector" if (folder / "mm_projector.bin").is_file() else None
+        return "projector" if (folder / PROJECTOR).is_file() else None
     raw = read_json(folder / "config.json")
-    if (folder / "mm_projector.bin").is_file() and not weight_files(folder):
+    if (folder / PROJECTOR).is_file() and not weight_files(folder):
         return "projector"
     if raw.get("mm_vision_tower") is not None:
         return "llava"
@@ -152,19 +153,55 @@ def read_adapter(folder):
         yield f"{PEFT}model.{name}", tensor
 
 
-def save_projector(projector, path):
-    """Write a projector as their stage 1 does: an mm_projector.bin, 40 MB for a 7B, which `read_projector` and their code read."""
-    vip = any(name.startswith("projector_layernorm.") for name, _ in projector.named_parameters())
-    to_theirs = {}
+def projector_names(projector):
+    """What the authors call each tensor of a projector: {name in the module `projector`: theirs}.
+
+    Raises ValueError for a projector that their code does not have.
+    """
+    names = [name for name, _ in projector.named_parameters()]
+    vip, to_theirs = "projector_layernorm.weight" in names, {}
     for old, new in PUBLISHED:
         of_vip = "clip_layernorm" in old or "final_linear" in old
         if new is not None and new.startswith("multi_modal_projector.") and of_vip == vip:
-            to_theirs[new] = old
-    tensors = {}
-    for name, parameter in projector.named_parameters():
-        layer, _, leaf = f"multi_modal_projector.{name}".rpartition(".")
-        tensors[to_theirs[f"{layer}."] + leaf] = parameter.detach().cpu()
-    torch.save(tensors, path)
+            to_theirs[new.removeprefix("multi_modal_projector.")] = old
+    theirs = {}
+    for name in names:
+        layer, _, leaf = name.rpartition(".")
+        if f"{layer}." not in to_theirs:
+            raise ValueError(f"{PROJECTOR} has no place for a projector's {name}; expected {', '.join(sorted(to_theirs))} alone")
+        theirs[name] = to_theirs[f"{layer}."] + leaf
+    return theirs
+
+
+def save_projector(projector, path, tensors=None):
+    """Write a projector as their stage 1 does: an mm_projector.bin, 40 MB for a 7B, which `read_projector` and their code read.
+
+    tensors: {name in the module `projector`: tensor} to be written in place of its own. Put in place when whole.
+    Raises ValueError for a projector that their code does not have, and OSError, as for a full disk.
+    """
+    tensors = tensors or {name: parameter.detach().cpu() for name, parameter in projector.named_parameters()}
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        torch.save({theirs: tensors[name] for name, theirs in projector_names(projector).items()}, partial)
+    except RuntimeError as reason:  # PyTorch's writer reports a full disk so
+        raise OSError(f"{path} could not be written ({reason})") from None
+    partial.replace(path)
+
+
+def load_projector(projector, path):
+    """Give a projector the weights of an mm_projector.bin.
+
+    path: the file, or its folder. Raises FileNotFoundError, or ValueError if they are of a projector of another shape.
+    """
+    file = path / PROJECTOR if path.is_dir() else path
+    found = {name.removeprefix("multi_modal_projector."): tensor for name, tensor in read_projector(file).items()}
+    own = dict(projector.named_parameters())
+    for name in [*own, *found]:
+        there, here = (tuple(tensors[name].shape) if name in tensors else "absent" for tensors in (found, own))
+        if there != here:
+            raise ValueError(f"{file} is the projector of another model: {name} is {there} in it, and {here} in this one")
+    for name, parameter in own.items():
+        parameter.data = found[name].to(parameter.device, parameter.dtype, copy=True)
 
 
 def fresh_projector(vision_width, text_width, seed=0):
@@ -204,8 +241,8 @@ def text_settings(raw):
     values = {name: raw[name] for name in TEXT if raw.get(name) is not None}
     mistral = "mistral" in f"{raw.get('model_type')} {raw.get('architectures')}".lower()
     values["model_type"] = "mistral" if mistral else "llama"
-    if mistral:
-        values["sliding_window"] = raw.get("sliding_window")
+    if mistral and "sliding_window" in raw:
+        values["sliding_window"] = raw["sliding_window"]  # null is a value here: no window
     text_config(values)
     values["vocab_size"] = -(-(values.get("vocab_size", 32000) + 2) // 64) * 64
     return values
