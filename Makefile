@@ -81,7 +81,7 @@ tiny/build/vip-aligned/model.safetensors: | tiny/build/vip-base/model.safetensor
 	.venv/bin/python train.py --stage 1 --model tiny/build/vip-base --data tiny/marked-data/align.json --images tiny/marked-data \
 		--out tiny/build/vip-aligned --batch-size 32 --lr 2e-3 --dtype bfloat16
 tiny/build/vip-refers/model.safetensors: | tiny/build/vip-aligned/model.safetensors
-	.venv/bin/python -m tiny.refer --model tiny/build/vip-aligned --out tiny/build/vip-refers --steps 2200
+	.venv/bin/python -m tiny.refer --model tiny/build/vip-aligned --out tiny/build/vip-refers --steps 1600
 tiny/build/vip-llava/model.safetensors: | tiny/build/vip-refers/model.safetensors
 	.venv/bin/python -m tiny.refer --model tiny/build/vip-refers --out tiny/build/vip-llava --steps 1000 --lr 5e-4 --seed 1
 
