@@ -80,19 +80,10 @@ tiny/build/vip-base/model.safetensors:
 tiny/build/vip-aligned/model.safetensors: | tiny/build/vip-base/model.safetensors tiny/marked-data/instruct.json
 	.venv/bin/python train.py --stage 1 --model tiny/build/vip-base --data tiny/marked-data/align.json --images tiny/marked-data \
 		--out tiny/build/vip-aligned --batch-size 32 --lr 2e-3 --dtype bfloat16
-tiny/more-marked-data/instruct.json:
-	.venv/bin/python -m tiny.marked --out tiny/more-marked-data --count 12000 --seed 1
-tiny/build/vip-tuned/model.safetensors: | tiny/build/vip-aligned/model.safetensors
-	.venv/bin/python train.py --stage 2 --model tiny/build/vip-aligned --data tiny/marked-data/instruct.json --images tiny/marked-data \
-		--out tiny/build/vip-tuned --batch-size 16 --lr 1e-3 --dtype bfloat16 \
-		--held-out tiny/marked-data/held-out.json --held-out tiny/marked-data/unmarked.json
-tiny/build/vip-seen/model.safetensors: | tiny/build/vip-tuned/model.safetensors tiny/more-marked-data/instruct.json
-	.venv/bin/python train.py --stage 2 --model tiny/build/vip-tuned --data tiny/more-marked-data/instruct.json \
-		--images tiny/more-marked-data --out tiny/build/vip-seen --batch-size 16 --lr 5e-4 --dtype bfloat16
-tiny/build/vip-refers/model.safetensors: | tiny/build/vip-seen/model.safetensors
-	.venv/bin/python -m tiny.refer --model tiny/build/vip-seen --out tiny/build/vip-refers
+tiny/build/vip-refers/model.safetensors: | tiny/build/vip-aligned/model.safetensors
+	.venv/bin/python -m tiny.refer --model tiny/build/vip-aligned --out tiny/build/vip-refers --steps 1600
 tiny/build/vip-llava/model.safetensors: | tiny/build/vip-refers/model.safetensors
-	.venv/bin/python -m tiny.refer --model tiny/build/vip-refers --out tiny/build/vip-llava --steps 1200 --lr 5e-4 --seed 1
+	.venv/bin/python -m tiny.refer --model tiny/build/vip-refers --out tiny/build/vip-llava --steps 1000 --lr 5e-4 --seed 1
 
 .venv/installed: requirements.txt
 	@echo "Installing PyTorch and seven small packages into .venv, once."

@@ -11,7 +11,7 @@ import pytest
 from inputs import IGNORED
 from marks import COLOURS, KINDS
 from tiny.marked import ABOUT_ONE, ABOUT_TWO, conversation, held_out_questions, marked_scene, picture, write
-from tiny.refer import ANSWER_BLOCK, COLOUR_BLOCK, where_to_look
+from tiny.refer import NAME_BLOCK, questions, where_to_look
 from tiny.world import COLOURS as SHADES
 from tiny.world import PLACES, is_held_out, llava_record, paint
 from tokenizer import Tokenizer
@@ -131,23 +131,26 @@ def test_the_same_seed_gives_the_same_data(tmp_path):
     assert all(record["conversations"][0]["value"].startswith("<image>\n") for record in records)
 
 
-def test_colours_look_at_what_is_marked_and_answers_at_colours():
+def test_names_look_at_what_they_name_and_answers_at_names():
     tokenizer, features = Tokenizer.from_pretrained("tiny/vip-llava"), 64
     seen = Counter()
     for seed in range(100):
         scene, _, marked = marked_scene(Random(seed), 1 + seed % 4)
-        turns = conversation(scene, marked, Random(seed))
+        turns = questions(scene, marked, Random(seed))
         ids, labels = encode_conversation(llava_record("", "", turns), tokenizer, "vip")
         image, cells = ids.index(tokenizer.image_id), {mark.colour: thing.cell for thing, mark in marked}
+        kinds = [thing.kind for thing in scene]
+        cells |= {thing.kind: thing.cell for thing in scene if kinds.count(thing.kind) == 1}
         text = lambda first, last, ids=ids: tokenizer.decode(ids[first - features + 1 : last - features + 2])
-        for block, word, places in where_to_look(ids, labels, turns, marked, tokenizer, features):
-            seen[block] += 1
-            if block == COLOUR_BLOCK:
-                (colour,) = [colour for colour in cells if text(word - 4, word).endswith(colour)]
+        for block, word, places in where_to_look(ids, labels, turns, scene, marked, tokenizer, features):
+            if block == NAME_BLOCK:
+                (name,) = [name for name in cells if text(word - 4, word).endswith(name)]
+                seen["kind" if name in kinds else "colour"] += 1
                 rows, columns = zip(*[divmod(place - image, 8) for place in places])
                 middle = (min(rows) + max(rows) + 1) / 2, (min(columns) + max(columns) + 1) / 2
-                assert tuple(int(3 * at / 8) for at in middle) == divmod(cells[colour], 3)
+                assert tuple(int(3 * at / 8) for at in middle) == divmod(cells[name], 3)
             else:
+                seen["answer"] += 1
                 assert labels[word - features + 2] != IGNORED and 1 <= len(places) <= 2
-                assert all(any(text(place - 4, place).endswith(colour) for colour in cells) for place in places)
-    assert seen[COLOUR_BLOCK] > 300 and seen[ANSWER_BLOCK] > 1000
+                assert all(any(text(place - 4, place).endswith(name) for name in cells) for place in places)
+    assert seen["colour"] > 300 and seen["kind"] > 5 and seen["answer"] > 1000

@@ -1,15 +1,17 @@
-"""The last stage of tiny/vip-llava: it learns which mark is meant.
+"""The second stage of tiny/vip-llava, in which it learns which mark is meant.
 
-    python -m tiny.refer --model tiny/build/vip-seen --out tiny/build/vip-refers
+    python -m tiny.refer --model tiny/build/vip-aligned --out tiny/build/vip-refers
 
-After LLaVA's two stages the model sees what is marked. But the words for the mark in a question change nothing: of two marks
-it takes either. To refer, attention must match the name of a mark with the patches that show the mark. As long as it does
-not, the name does not help an answer, and the loss of the answers says little about how to match. So attention is guided
-here (Chen et al. 2016, https://arxiv.org/abs/1607.01628): the model learns the answers and where to look.
+LLaVA's second stage (`train.py --stage 2`) is not enough for this. After it a small model sees what is marked, but the words for
+the mark in a question change nothing: of two marks it takes either. To refer, attention must match the name of a mark with
+the patches that show the mark. As long as it does not, the name does not help an answer, and the loss of the answers says
+little about how to match. So attention is guided here (Chen et al. 2016, https://arxiv.org/abs/1607.01628): the model learns
+the answers and where to look.
 
 - In the first block the colour in a mark's name looks at the patches of the thing that has the mark. Marks in one picture
-  have different colours.
-- In the third block an answer looks at that colour.
+  have different colours. Where a question names a thing by its kind ("Which mark does the ring have?"), the kind looks at the
+  thing's patches.
+- In the third block an answer looks at that word.
 
 Half of a block's heads are guided, and only in training. The model itself stays as it is.
 """
@@ -23,8 +25,9 @@ import torch.nn.functional as F
 
 from images import ImageProcessor
 from inputs import IGNORED
+from llama import attention
 from llava import Llava
-from tiny.marked import MOST_MARKS, conversation, marked_scene, picture
+from tiny.marked import MOST_MARKS, ask_like, conversation, marked_scene, picture
 from tiny.towers import of_cell, optimise, progress
 from tiny.world import llava_record
 from tokenizer import Tokenizer
@@ -32,7 +35,7 @@ from train import learning_rate
 from training.data import collate, encode_conversation
 from weights.checkpoint import save_checkpoint
 
-COLOUR_BLOCK, ANSWER_BLOCK = 0, 2  # the blocks in which colours and answers are guided, counted from 0
+NAME_BLOCK, ANSWER_BLOCK = 0, 2  # the blocks in which names and answers are guided, counted from 0
 HEADS = 3  # of the six in a block: the first ones
 
 
@@ -43,25 +46,37 @@ def find_last(ids, piece, begin, end):
             return last
 
 
-def where_to_look(ids, labels, turns, marked, tokenizer, features):
-    """For the colour of each mark in a question, and for each word of its answer, where it should look: [(block, place of the
-    word, places to look at), …]. Places are counted after `<image>` has become as many tokens as a picture has features."""
+def referred(question, scene, marked):
+    """The words by which a question refers to things, and the things: [(word, thing), …]."""
+    if question.startswith("Which mark"):  # it names a thing, which may be called like a mark: "the red triangle"
+        return [(thing.kind, thing) for thing in scene if question == f"Which mark does the {thing.kind} have?"]
+    return [(mark.colour, thing) for thing, mark in marked if mark.name in question]
+
+
+def where_to_look(ids, labels, turns, scene, marked, tokenizer, features):
+    """For each word that refers to a thing, and for each word of the answer, where it should look: [(block, place of the word,
+    places to look at), …]. Places are counted after `<image>` has become as many tokens as a picture has features."""
     image = ids.index(tokenizer.image_id)
     answers = [i for i, label in enumerate(labels) if label != IGNORED]
     begins = [i for i in answers if labels[i - 1] == IGNORED]
     ends = [i + 1 for i in answers if i + 1 == len(labels) or labels[i + 1] == IGNORED]
     looks = []
     for (question, _), before, begin, end in zip(turns, [image, *ends], begins, ends):
-        if question.startswith("Which mark"):  # it names a thing, which may be called like a mark: "the red triangle"
-            continue
-        colours = []
-        for thing, mark in marked:
-            if mark.name in question:
-                colours.append(find_last(ids, tokenizer.encode(mark.colour)[1:], before, begin) + features - 1)
-                looks.append((COLOUR_BLOCK, colours[-1], [image + patch - 1 for patch in of_cell(thing.cell)]))
-        if colours:  # what predicts a word stands before it
-            looks += [(ANSWER_BLOCK, i - 1 + features - 1, colours) for i in range(begin, end)]
+        words = []
+        for word, thing in referred(question, scene, marked):
+            words.append(find_last(ids, tokenizer.encode(word)[1:], before, begin) + features - 1)
+            looks.append((NAME_BLOCK, words[-1], [image + patch - 1 for patch in of_cell(thing.cell)]))
+        if words:  # what predicts a word stands before it
+            looks += [(ANSWER_BLOCK, i - 1 + features - 1, words) for i in range(begin, end)]
     return looks
+
+
+def questions(scene, marked, random):
+    """A conversation of the marked world, and what it finds hardest once more: how many things are like a marked one."""
+    turns = conversation(scene, marked, random)
+    if len(turns) > 1:
+        turns.append(ask_like(scene, [random.choice(marked)], random))
+    return [*dict.fromkeys(turns)]
 
 
 def make_batch(random, size, tokenizer, features):
@@ -69,21 +84,38 @@ def make_batch(random, size, tokenizer, features):
     examples, looks = [], []
     for _ in range(size):
         scene, layout, marked = marked_scene(random, random.randint(1, MOST_MARKS))
-        turns = conversation(scene, marked, random)
+        turns = questions(scene, marked, random)
         ids, labels = encode_conversation(llava_record("", "", turns), tokenizer, "vip")
         examples.append((ids, labels, picture(layout, marked)))
-        looks.append(where_to_look(ids, labels, turns, marked, tokenizer, features))
+        looks.append(where_to_look(ids, labels, turns, scene, marked, tokenizer, features))
     return examples, looks
 
 
-def attention_loss(maps, looks, block):
-    """−log of the share of attention that is where it should be, the mean over the guided words and heads of a block."""
-    guided = [(row, word, places) for row, of_row in enumerate(looks) for at, word, places in of_row if at == block]
-    attention = maps[block][[row for row, *_ in guided], :HEADS, [word for _, word, _ in guided]].float()  # (guided words, heads, S)
-    right = torch.zeros(len(guided), 1, attention.shape[-1])
-    for n, (*_, places) in enumerate(guided):
-        right[n, 0, places] = 1
-    return -((attention * right).sum(-1) + 1e-6).log().mean()
+class Watch:
+    """Attention as ever, which also keeps the queries and keys of the guided heads: (B, HEADS, T, E) each."""
+
+    def __call__(self, q, k, v, mask):
+        self.queries, self.keys = q[:, :HEADS], k[:, :HEADS]
+        return attention(q, k, v, mask)
+
+    def loss(self, guided):
+        """−log of the share of attention that is where it should be, the mean over the guided words and heads.
+
+        guided: for each row of the batch [(word, places to look at), …].
+        """
+        losses = []
+        for queries, keys, of_row in zip(self.queries, self.keys, guided):
+            if not of_row:
+                continue
+            words = torch.tensor([word for word, _ in of_row])
+            scores = queries[:, words] @ keys.transpose(1, 2) * keys.shape[-1] ** -0.5  # (HEADS, guided words, S)
+            later = torch.arange(keys.shape[1]) > words[:, None]
+            shares = scores.float().masked_fill(later, -torch.inf).softmax(-1)
+            right = torch.zeros(later.shape)
+            for n, (_, places) in enumerate(of_row):
+                right[n, places] = 1
+            losses.append(-((shares * right).sum(-1) + 1e-6).log().flatten())
+        return torch.cat(losses).mean()
 
 
 def train(model, tokenizer, processor, steps, size, peak, seed):
@@ -91,21 +123,25 @@ def train(model, tokenizer, processor, steps, size, peak, seed):
     learners = [model.projector, model.language_model, model.vision_tower]
     groups = [dict(params=[*module.requires_grad_(True).parameters()], scale=scale) for module, scale in zip(learners, (1.0, 1.0, 0.1))]
     optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0)
+    watches = {block: Watch() for block in (NAME_BLOCK, ANSWER_BLOCK)}
+    for block, watch in watches.items():
+        model.language_model.layers[block].self_attn.attend = watch
     bar = progress(steps, "refer")
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak, 0.05) * group["scale"]
         examples, looks = make_batch(Random(f"{seed} refer {step}"), size, tokenizer, model.config.features_per_image)
         ids, labels, pixels = collate(examples, processor, tokenizer.image_id, tokenizer.pad_id, model.config.features_per_image, False)
-        maps = []
         with torch.autocast("cpu", torch.bfloat16):
             embeds, _ = model.embed(ids, pixels)
-            x = model.language_model(embeds, maps=maps)[:, :-1]
+            x = model.language_model(embeds)[:, :-1]
             learnt = labels[:, 1:] != IGNORED
             words = F.cross_entropy(model.language_model.lm_head(x[learnt]).float(), labels[:, 1:][learnt])
-        colours, answers = (attention_loss(maps, looks, block) for block in (COLOUR_BLOCK, ANSWER_BLOCK))
-        optimise(words + colours + answers, optimizer, [*model.parameters()])
-        bar.set_postfix(words=f"{words.item():.3f}", colours=f"{colours.item():.3f}", answers=f"{answers.item():.3f}", refresh=False)
+            names, answers = (
+                watch.loss([[look for at, *look in of_row if at == block] for of_row in looks]) for block, watch in watches.items()
+            )
+        optimise(words + names + answers, optimizer, [*model.parameters()])
+        bar.set_postfix(words=f"{words.item():.3f}", names=f"{names.item():.3f}", answers=f"{answers.item():.3f}", refresh=False)
 
 
 def main():
