@@ -167,6 +167,7 @@ class SixteenBitLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias, self.one_row = linear.weight, linear.bias, one_row
+        self.in_bfloat16 = multiplies_bfloat16()  # asked once: torch.compile cannot look into a file
 
     def forward(self, x):
         weight, bias, rows = self.weight, self.bias, x.shape[:-1].numel()
@@ -174,7 +175,7 @@ class SixteenBitLinear(nn.Linear):
             return plain_linear(x, weight, bias)
         if rows == 1:
             y = self.one_row(x.reshape(1, -1), weight)
-        elif x.dtype == weight.dtype == torch.bfloat16 and multiplies_bfloat16():
+        elif x.dtype == weight.dtype == torch.bfloat16 and self.in_bfloat16:
             return padded_linear(x, weight, bias)
         else:
             y = rows_times_16_bits(x.flatten(0, -2), weight)

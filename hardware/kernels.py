@@ -13,7 +13,8 @@ them, the faster the step. Four things decide whether such a loop is fast:
 - Two rows at a time, from two places of the matrix: the core fetches ahead in both, and takes each x[k] once for two products.
 
 4 bits need a fifth thing. Two weights share a byte, and making a float32 of each takes longer than reading them. So they are
-multiplied as integers: x becomes integers of 16 bits, with a step for each group of weights (`four_bits_times_vector`).
+multiplied as integers: x becomes integers of 16 bits, with a step for each group of weights (`four_bits_times_vector`). The
+compiler does not find the right instruction by itself, so the innermost loop is written in its own terms, those of LLVM.
 
 Shapes: N outputs of a layer, K inputs; S slots of a KV cache, E width of a head; for 4 bits R outputs packed together, G groups.
 """

@@ -310,12 +310,13 @@ def test_quantised_layers_get_their_kernel(scheme, capability, numba, monkeypatc
 
 @pytest.mark.parametrize("way", ["numba", "no_numba"])
 @pytest.mark.parametrize("dtype, scheme", [(torch.bfloat16, None), (torch.float32, None), (torch.float32, "int8"), (torch.float32, "int4")])
-def test_a_compiled_step_gives_the_same_tokens(way, dtype, scheme, request, monkeypatch):
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_compiled_step_gives_the_same_tokens(rows, way, dtype, scheme, request, monkeypatch):
     request.getfixturevalue(way)
     if scheme == "int4":
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     model = Llava.from_pretrained("tiny/llava", dtype=dtype, quantize=scheme)
-    ids = torch.arange(3, 20)[None]
+    ids = torch.arange(3, 20).repeat(rows, 1)
     expected = generated(model, dict(input_ids=ids), max_new_tokens=8, eos_ids=())
     model.decode_step = torch.compile(model.decode_step, fullgraph=True, dynamic=False, backend="aot_eager")
     assert torch.equal(generated(model, dict(input_ids=ids), max_new_tokens=8, eos_ids=()), expected)
