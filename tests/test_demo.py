@@ -427,7 +427,8 @@ def test_upload_ask_and_ask_again(tab, vip):
     assert tab.ask("Is there a star?") == "".join(own.ask("Is there a star?"))
     assert "tokens of the conversation were kept" in tab.run("return texts('.about').join(' ');") and tab.errors() == []
     tab.run("document.querySelectorAll('.turn button')[1].click(); await until(() => document.querySelector('.inside table'));")
-    assert own.tokenizer.decode(own.answer_ids[:3])[:2].strip() in tab.run("return texts('.inside td').join(' ');")
+    words = tab.run("return texts('.inside td').join(' ');")
+    assert all(own.tokenizer.decode([token]).strip() in words for token in own.answer_ids[:-1])
     assert "Is there a star?" in tab.run("return texts('.inside pre')[0];")
     assert tab.browser.log() == []
 
