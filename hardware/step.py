@@ -34,7 +34,8 @@ def compiled(step, device):
     Fused kernels for what lies between the matrix products; on a CPU, what calls them is C++ too, and on CUDA the products of
     a single row are tuned (`coordinate_descent_tuning`), without which they go to a library that is made for many rows.
     """
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # a form for each size of cache; 8 by default
+    # A form for each size of cache; 8 by default. Newer PyTorch calls it recompile_limit, and knows both names.
+    torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
     options = {"cpp_wrapper": True} if torch.device(device).type == "cpu" else {"coordinate_descent_tuning": True}
     return torch.compile(step, fullgraph=True, dynamic=False, options=options)
 
