@@ -24,6 +24,7 @@ import traceback
 import warnings
 from datetime import timedelta
 from functools import partial
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -177,6 +178,8 @@ class Processes:
 
         frozen: the parameters that every process keeps whole. The module's own call is what puts it together, no other method is.
         """
+        if "ignored_params" not in signature(fully_shard).parameters:
+            raise ValueError(f"training in several processes needs PyTorch 2.7 or newer; this is {torch.__version__}")
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")  # nobody writes into what a pass returns
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         fully_shard(module, mesh=self.mesh(device), mp_policy=policy, ignored_params=frozen)
