@@ -10,7 +10,7 @@ rows, and takes as long as its arithmetic. What is slow in the plain form, and w
 | without numba, bfloat16, AMD:     |                                                   |                                           |
 | · one row                         | oneDNN, PyTorch's library, is made for many rows  | row_by_pytorch                            |
 | · one query                       | PyTorch's fused attention                         | attention_in_two_products                 |
-| many rows, a CPU with bfloat16    | a number of rows that is no multiple of 8         | padded_linear                             |
+| 512 rows or more, with bfloat16   | a number of rows that is no multiple of 8         | padded_linear                             |
 | many rows, a CPU without          | all weights in float32 are twice the memory       | rows_times_16_bits: a few at a time       |
 
 numba is optional, and its kernels (`kernels.py`) are for large models alone: the weights of a small one are in the CPU's cache. What
@@ -195,7 +195,7 @@ def padded_linear(x, weight, bias):
     """The layer with its rows filled up by zeros to a multiple of 8. oneDNN cuts the rows into blocks, and the vision tower has 577 of
     them, a prime number: 584 it multiplies faster."""
     rows = x.shape[:-1].numel()
-    if rows <= 8 or rows % 8 == 0:
+    if rows < 512 or rows % 8 == 0:  # of few rows, the zeros cost more than they win
         return F.linear(x, weight, bias)
     filled = F.pad(x.flatten(0, -2), (0, 0, 0, -rows % 8))
     return F.linear(filled, weight, bias)[:rows].unflatten(0, x.shape[:-1])

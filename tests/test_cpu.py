@@ -198,7 +198,7 @@ class Watch(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("native", [True, False])
-@pytest.mark.parametrize("rows", [1, 3, 8, 11])
+@pytest.mark.parametrize("rows", [1, 3, 8, 11, 512, 577])
 def test_bfloat16_without_numba(native, rows, monkeypatch):
     """One row without oneDNN; many rows filled up to what it multiplies fast, or in float32 where the CPU cannot multiply bfloat16."""
     monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: native)
@@ -206,7 +206,7 @@ def test_bfloat16_without_numba(native, rows, monkeypatch):
     layer = SixteenBitLinear(linear(weight, bias), cpu.row_by_pytorch)
     with Watch() as watch:
         y = layer(x)
-    filled = rows + -rows % 8 if rows > 8 and native else rows
+    filled = rows + -rows % 8 if rows >= 512 and native else rows
     assert watch.products == [(rows > 1, filled, torch.bfloat16 if native or rows == 1 else torch.float32)]
     assert torch.backends.mkldnn.enabled and y.dtype == torch.bfloat16
     torch.testing.assert_close(y, F.linear(x, weight, bias), rtol=0.02, atol=0.05)
