@@ -28,8 +28,9 @@ from benchmarks.submissions import SUBMISSIONS
 from chat import Chat
 from hardware.device import choose_device, choose_dtype
 from llava import Llava
+from loading import apply_options
 from tokenizer import STYLES
-from training.lora import WEIGHTS, load_adapter, refuse_merged
+from training.lora import WEIGHTS
 from weights.checkpoint import checkpoint_folder
 from weights.config import LlavaConfig
 from weights.load import outline
@@ -46,12 +47,7 @@ def load(args):
     parameters = sum(parameter.numel() for parameter in outline(Llava, config).parameters())
     dtype = choose_dtype(device, parameters) if args.dtype == "auto" else getattr(torch, args.dtype)
     chat = Chat.from_pretrained(folder, device, dtype, args.quantize)
-    if args.adapter is not None:
-        load_adapter(chat.model, args.adapter)
-        refuse_merged(folder, args.adapter)
-    chat.style, chat.system = args.style or chat.style, args.system
-    if args.pad is not None:
-        chat.pad = args.pad
+    apply_options(chat, folder, args)
     return chat
 
 

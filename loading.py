@@ -60,16 +60,21 @@ def load(args, pictures, processes=None):
         chat = Chat.from_pretrained(folder, device, dtype, args.quantize, mapped=not worth_copying(weights))
     else:
         chat = load_share(folder, device, dtype, processes)
+    apply_options(chat, folder, args)
+    tell_of_template(folder, chat.style)
+    if args.compile:
+        chat.model.decode_step = compiled(chat.model.decode_step, device)
+    return chat
+
+
+def apply_options(chat, folder, args):
+    """Give a chat from the folder the adapter, the chat format and the padding that the options ask for. Raises ValueError."""
     if args.adapter is not None:
         load_adapter(chat.model, args.adapter)
         refuse_merged(folder, args.adapter)
     chat.style, chat.system = args.style or chat.style, args.system
     if args.pad is not None:
         chat.pad = args.pad
-    tell_of_template(folder, chat.style)
-    if args.compile:
-        chat.model.decode_step = compiled(chat.model.decode_step, device)
-    return chat
 
 
 def load_share(folder, device, dtype, processes):

@@ -25,7 +25,7 @@ COMMANDS = ("sample", "train", "convert", "evaluate")
 for command in COMMANDS:
     MAY[command] = BOOK | {"chat", "training"}
 MAY["sample"] |= {"converse", "loading"}
-MAY["evaluate"] |= {"benchmarks"}
+MAY["evaluate"] |= {"benchmarks", "loading"}
 MAY["visitors"] = BOOK | {"chat", "converse"}
 MAY["demo"] = BOOK | {"converse", "loading", "sample", "visitors", "lessons"}  # what its page shows of an answer is lessons.explain's
 ROOMS = {*MAY}
