@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 from converse import advice
+from explanation import page, weighed
 from images import open_image
 from loading import add_loading_options, load
 from marks import COLOURS
@@ -33,7 +34,7 @@ LOCAL = ("127.0.0.1", "localhost")
 DRAWN = ("rectangle", "ellipse", "arrow", "point", "scribble", "mask", "triangle")  # the kinds of mark that the page has a tool for
 MOST_BYTES, MOST_PICTURES, MOST_PIXELS = 40 * 10**6, 32, 250 * 10**6  # of an uploaded file; of a visitor, all pictures together
 MOST_VISITORS = 200  # at once
-CELLS = 8  # rows and columns in which lessons.explain greys a picture
+CELLS = 8  # rows and columns in which explanation.py greys a picture
 GONE = 20  # seconds until a visitor is forgotten whose tab was closed; a reload is back sooner
 
 
@@ -171,13 +172,9 @@ class Demo:
             tell(None)
 
     async def see(self, request):
-        from lessons.explain import weighed
-
         return await self._look(request, weighed)
 
     async def explain(self, request):
-        from lessons.explain import page
-
         return await self._look(request, lambda chat, question, images, answer: page(chat, question, images, CELLS, answer))
 
     async def _look(self, request, look):

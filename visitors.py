@@ -50,7 +50,7 @@ class Visitor:
         self.chat = fork(chat)
         self.pictures = []  # PIL images
         self.turns = []  # as the page shows them: {"question", "pictures", "answer", and what is known of it}
-        self.asked = []  # of each turn what lessons.explain needs: the Chat before it, question, pictures, the answer's ids
+        self.asked = []  # of each turn what explanation.py needs: the Chat before it, question, pictures, the answer's ids
         self.answering, self.stopped = threading.Lock(), threading.Event()
         self.until = time.monotonic() + IDLE
 

@@ -11,6 +11,7 @@ import time
 import torch
 
 import sample
+from explanation import spelling
 
 
 class Trace:
@@ -94,15 +95,6 @@ def trace(chat, question, images):
         rows.close()
     rows.add("first token", str(int(first)), repr(tokenizer.decode([int(first)])))
     return rows.rows
-
-
-def spelling(tokenizer, token):
-    """A token as it stands in text: "▁" is a space, and a byte is its character, if it is one by itself."""
-    if token >= len(tokenizer.model):
-        return next(literal for literal, i in tokenizer.specials.items() if i == token)
-    piece = tokenizer.model.id_to_piece(token)
-    byte = int(piece[1:-1], 16) if tokenizer.model.is_byte(token) else 128
-    return chr(byte) if byte < 128 else piece.replace("▁", " ")
 
 
 def splice_map(chat, question, images):

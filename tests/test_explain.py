@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 
+import explanation
+from explanation import answer_ids, greyed, occlusion_maps, page
 from images import open_image
-from lessons import explain
-from lessons.explain import answer_ids, greyed, occlusion_maps, page
 from tests.browser import Browser
 
 KEYS = {"left": "\ue012", "up": "\ue013", "right": "\ue014", "down": "\ue015", "tab": "\ue004"}
@@ -129,7 +129,7 @@ def test_occlusion_in_batches_is_occlusion_one_by_one(bundled, monkeypatch):
     monkeypatch.setattr(bundled.model, "embed", lambda ids, *more: rows.append(len(ids)) or embed(ids, *more))
     together = occlusion_maps(bundled, prompt, answer, pixels, 4)
     assert rows == [1, 16]
-    monkeypatch.setattr(explain, "TOKENS", 1)
+    monkeypatch.setattr(explanation, "TOKENS", 1)
     assert torch.allclose(together, occlusion_maps(bundled, prompt, answer, pixels, 4), atol=1e-4) and together.max() > 0.1
     assert rows == [1, 16] + [1] * 17
     seen = greyed(pixels, 0, 3, 4)

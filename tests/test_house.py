@@ -27,7 +27,8 @@ for command in COMMANDS:
 MAY["sample"] |= {"converse", "loading"}
 MAY["evaluate"] |= {"benchmarks", "loading"}
 MAY["visitors"] = BOOK | {"chat", "converse"}
-MAY["demo"] = BOOK | {"converse", "loading", "sample", "visitors", "lessons"}  # what its page shows of an answer is lessons.explain's
+MAY["explanation"] = BOOK
+MAY["demo"] = BOOK | {"converse", "explanation", "loading", "sample", "visitors"}
 ROOMS = {*MAY}
 MAY["tiny"] = ROOMS
 MAY["lessons"] = MAY["bench"] = ROOMS | {"tiny"}

@@ -12,13 +12,13 @@ from importlib import import_module
 import pytest
 import torch
 
+import explanation
 from chat import Chat
+from explanation import as_seen, page, spelling
 from images import open_image
-from lessons import explain
 from lessons.exercises import HINTS, check, hint
 from lessons.exercises.__main__ import EXERCISES, NUMBA, place_of
-from lessons.explain import as_seen, page
-from lessons.trace import spelling, splice_map, trace
+from lessons.trace import splice_map, trace
 from tokenizer import STYLES, expand_images
 
 PICTURE = "tiny/example.png"
@@ -104,9 +104,9 @@ def test_the_page_holds_what_the_model_read_and_what_mattered(chat):
 @torch.no_grad()
 def test_the_page_holds_every_head_and_the_logit_lens(chat, monkeypatch):
     question, picture, model = "Where is the ring?", open_image(PICTURE), chat.model
-    monkeypatch.setattr(explain, "THUMBNAIL", 4)  # as in a picture of many patches: each cell is the mean of 2 × 2
+    monkeypatch.setattr(explanation, "THUMBNAIL", 4)  # as in a picture of many patches: each cell is the mean of 2 × 2
     seen = data_of(page(chat, question, [picture], cells=1, max_new_tokens=20))["of_picture"]
-    prompt, answer = explain.answer_ids(chat, question, [picture])
+    prompt, answer = explanation.answer_ids(chat, question, [picture])
     out = model(torch.tensor([prompt + answer]), chat.processor([picture]), output_hidden_states=True, output_attentions=True)
     maps = torch.stack(out.attentions)[:, 0, :, len(prompt) - 1 : -1]  # (layers, heads, answer, positions)
     patches = maps[..., seen["first"] : seen["first"] + 64].unflatten(-1, (4, 2, 4, 2)).mean((-3, -1)).flatten(0, 2)
@@ -133,7 +133,7 @@ def test_the_page_of_a_later_turn_holds_the_conversation(chat):
     asked = Chat(chat.model, chat.tokenizer, chat.processor)
     asked.messages, asked.images = list(chat.messages), list(chat.images)
     list(chat.ask("Where is the ring?"))
-    data = data_of(explain.page(asked, "Where is the ring?", [], cells=2, answer=chat.answer_ids))
+    data = data_of(explanation.page(asked, "Where is the ring?", [], cells=2, answer=chat.answer_ids))
     assert "How many" in "".join(word for word, _ in data["prompt"]) and data["of_picture"]
     assert len(data["answer"]) == chat.tokens and min(data["probability"]) > 0.3
 
